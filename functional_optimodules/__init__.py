@@ -1,0 +1,81 @@
+"""Gradient-adaptation bricks for JAX: pure and compiled, configurable and stateful.
+
+Each brick is a frozen dataclass whose `init` and `update` are pure functions
+over pytrees, for `optax.chain`, Flax, `jit` and `scan`. The same object offers
+`run`, `get_state` and messages between clients and servers.
+"""
+
+from functional_optimodules.core.aux_var import FromClients, FromServer, Max, Min, Params, PerClient, Scalar
+from functional_optimodules.core.brick import OptiModule, list_optim_modules
+from functional_optimodules.core.fields import hyperparameter
+from functional_optimodules.core.regularizer import Regularizer, list_optim_regularizers
+from functional_optimodules.core.scheduler import Clock, Scheduler, list_rate_schedulers
+from functional_optimodules.modules.adaptive import AdaGradModule, AdamModule, RMSPropModule, YogiModule
+from functional_optimodules.modules.clipping import L2Clipping, L2GlobalClipping
+from functional_optimodules.modules.momentum import EWMAModule, MomentumModule, YogiMomentumModule
+from functional_optimodules.modules.noise import GaussianNoiseModule
+from functional_optimodules.modules.optax import OptaxModule
+from functional_optimodules.modules.scaffold import ScaffoldClientModule, ScaffoldServerModule
+from functional_optimodules.optimizer import Optimizer
+from functional_optimodules.regularizers import FedProxRegularizer, LassoRegularizer, RidgeRegularizer
+from functional_optimodules.schedulers import (
+    CosineAnnealing,
+    CosineAnnealingWarmRestarts,
+    CyclicExpRange,
+    CyclicTriangular,
+    ExponentialDecay,
+    InverseScaling,
+    LinearDecay,
+    PiecewiseDecay,
+    PolynomialDecay,
+    Warmup,
+    WarmupRounds,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaGradModule",
+    "AdamModule",
+    "Clock",
+    "CosineAnnealing",
+    "CosineAnnealingWarmRestarts",
+    "CyclicExpRange",
+    "CyclicTriangular",
+    "EWMAModule",
+    "ExponentialDecay",
+    "FedProxRegularizer",
+    "FromClients",
+    "FromServer",
+    "GaussianNoiseModule",
+    "InverseScaling",
+    "L2Clipping",
+    "L2GlobalClipping",
+    "LassoRegularizer",
+    "LinearDecay",
+    "Max",
+    "Min",
+    "MomentumModule",
+    "OptaxModule",
+    "OptiModule",
+    "Optimizer",
+    "Params",
+    "PerClient",
+    "PiecewiseDecay",
+    "PolynomialDecay",
+    "RMSPropModule",
+    "Regularizer",
+    "RidgeRegularizer",
+    "Scalar",
+    "ScaffoldClientModule",
+    "ScaffoldServerModule",
+    "Scheduler",
+    "Warmup",
+    "WarmupRounds",
+    "YogiModule",
+    "YogiMomentumModule",
+    "hyperparameter",
+    "list_optim_modules",
+    "list_optim_regularizers",
+    "list_rate_schedulers",
+]

@@ -1,0 +1,113 @@
+"""The pure methods of a brick, compiled, with the checks that belong in the trace.
+
+Equal bricks share one entry, which holds a brick without facade: no state is
+kept alive by it. What is checked while tracing costs nothing in later calls.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from functional_optimodules.core.encoding import Layout
+from functional_optimodules.core.entropy import shapes_only
+from functional_optimodules.core.paths import Specs, show
+
+
+@functools.lru_cache(maxsize=512)
+def compiled(brick: Any) -> "Compiled":
+    """Return the compiled methods of a bare brick, the same for equal bricks."""
+    return Compiled(brick)
+
+
+class Compiled:
+    """The compiled methods of a brick. Only `step` and `apply` donate, and only what they name."""
+
+    def __init__(self, brick: Any) -> None:
+        self.brick = brick
+        self.step = jax.jit(self._step, static_argnums=0, donate_argnums=1)
+        self.apply = jax.jit(self._apply, static_argnums=0, donate_argnums=1)
+        self.apply_donated = jax.jit(self._apply, static_argnums=0, donate_argnums=(1, 2))
+        self.begin_round = jax.jit(self._keep_structure("begin_round"))
+        self.commit = jax.jit(self._keep_structure("commit"))
+        self.collect = jax.jit(brick.collect_channels)
+        self.process = jax.jit(self._process)
+        self.layout = functools.cache(self._layout)
+        self.starts_from_values = functools.cache(self._starts_from_values)
+
+    def _step(self, specs: Specs, state: Any, gradients: Any, params: Any, extra_args: dict[str, Any]) -> Any:
+        specs.require_tree(gradients, "the tree of gradients")
+        if params is not None:
+            specs.require_tree(params, "the tree of parameters")
+        updates, new = self.brick.update(gradients, state, params, **extra_args)
+        require_same_state(self.brick, "update", state, new)
+        return updates, new
+
+    def _apply(self, specs: Specs, state: Any, params: Any, gradients: Any, extra_args: dict[str, Any]) -> Any:
+        updates, new = self._step(specs, state, gradients, params, extra_args)
+        return optax.apply_updates(params, updates), new
+
+    def _process(self, auxes: dict[str, Any], state: Any) -> Any:
+        new = self.brick.process_channels(auxes, state)
+        require_same_state(self.brick, "process", state, new)
+        return new
+
+    def _keep_structure(self, method: str) -> Any:
+        def call(state: Any, *args: Any) -> Any:
+            new = getattr(self.brick, method)(state, *args)
+            require_same_state(self.brick, method, state, new)
+            return new
+
+        return call
+
+    def _layout(self, specs: Specs) -> Layout:
+        with shapes_only():
+            return Layout(jax.eval_shape(self.brick.init, specs.by_path))
+
+    def _starts_from_values(self, specs: Specs) -> bool:
+        with shapes_only():
+            jaxpr = jax.make_jaxpr(self.brick.init)(specs.by_path).jaxpr
+        read = {id(var) for eqn in jaxpr.eqns for var in eqn.invars} | {id(var) for var in jaxpr.outvars}
+        return any(id(var) in read for var in jaxpr.invars)
+
+    def init(self, params: Any, identity: int | None = None) -> Any:
+        """Make the state, of buffers that are nobody else's, so that it can be donated."""
+        state = self.brick.init(params)
+        if identity is not None:
+            state = self.brick.fold_in(state, identity)
+        taken = {id(leaf) for leaf in jax.tree.leaves(params)}
+
+        def own(leaf: Any) -> jax.Array:
+            leaf = jnp.array(leaf) if id(leaf) in taken or not isinstance(leaf, jax.Array) else leaf
+            taken.add(id(leaf))
+            return leaf
+
+        return jax.tree.map(own, state)
+
+    def init_from_specs(self, specs: Specs) -> Any:
+        """Make the state before the parameters are known.
+
+        Raises:
+          ValueError: if the state depends on the parameters' values.
+        """
+        if self.starts_from_values(specs):
+            raise ValueError(
+                f"the state of {type(self.brick).__name__} starts from the parameters' values: call `setup(params)` first"
+            )
+        return self.init(specs.tree({path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in specs.by_path.items()}))
+
+
+def require_same_state(brick: Any, method: str, old: Any, new: Any) -> None:
+    """Raise a `TypeError` if a method changed the structure, a shape or a dtype of the state."""
+    before, after = (dict(jax.tree_util.tree_flatten_with_path(state)[0]) for state in (old, new))
+    at = jax.tree_util.keystr
+    who = f"{type(brick).__name__}.{method}"
+    for path in before.keys() & after.keys():
+        was, now = before[path], jax.eval_shape(jnp.asarray, after[path])
+        if was.shape != now.shape or was.dtype != now.dtype:
+            raise TypeError(f"{who} changed the state at {at(path)} from {show(was)} to {show(now)}")
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        paths = sorted(at(path) for path in before.keys() ^ after.keys())
+        raise TypeError(f"{who} changed the structure of the state" + f", at {', '.join(paths)}" * bool(paths))

@@ -1,0 +1,100 @@
+"""Messages: auxiliary variables as JSON, with what the receiver needs to check them.
+
+{"aux_name": ..., "sender": "client" or "server",
+ "params": {path: {"dtype": ..., "shape": [...]}},
+ "variables": {variable: array or {path: array}}}
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from functional_optimodules.core.aux_var import AuxVar
+from functional_optimodules.core.encoding import decode_array, decode_tree, encode_array, encode_tree
+from functional_optimodules.core.fields import nearest
+from functional_optimodules.core.paths import Specs, specs_from_json
+
+_KEYS = {"aux_name", "sender", "params", "variables"}
+
+
+def encode_message(aux: AuxVar, aux_name: str, specs: Specs) -> dict[str, Any]:
+    """Write auxiliary variables as a message."""
+    variables = {
+        name: encode_tree(getattr(aux, name), specs) if "params" in marks else encode_array(getattr(aux, name))
+        for name, marks in aux.variables().items()
+    }
+    return {"aux_name": aux_name, "sender": aux.sender, "params": specs.to_json(), "variables": variables}
+
+
+def message_specs(message: Any, aux_name: str, receives: type[AuxVar], what: str) -> Specs:
+    """Check a message's envelope, and return the specs of the parameters that it is about.
+
+    Raises:
+      KeyError: if a key of the envelope is missing.
+      TypeError: if it is no message, or comes from the wrong side.
+      ValueError: if it is another pair's, or its specs are malformed.
+    """
+    if not isinstance(message, Mapping):
+        raise TypeError(f"{what} should be a message, as `collect_aux_var` gives, not {type(message).__name__}")
+    if "per_client" in message:
+        raise TypeError(f"{what} holds one message for each client: hand each its own, message['per_client'][client]")
+    for key in sorted(_KEYS - set(message)):
+        raise KeyError(f"{what} is no message, for it lacks {key!r}")
+    for key in sorted(set(message) - _KEYS):
+        raise KeyError(f"{what} has an unknown key {key!r}: {nearest(key, _KEYS)}")
+    if message["aux_name"] != aux_name:
+        raise ValueError(f"{what} is for {message['aux_name']!r}, not for {aux_name!r}")
+    if message["sender"] != receives.sender:
+        raise TypeError(f"{what} comes from a {message['sender']}: expected one from a {receives.sender}")
+    return specs_from_json(message["params"], what)
+
+
+def decode_message(message: Mapping[str, Any], receives: type[AuxVar], specs: Specs, what: str) -> AuxVar:
+    """Read the variables of a message whose envelope was checked, into the specs' container.
+
+    Raises:
+      KeyError: if a variable is missing or unknown.
+      TypeError: if a variable is of the wrong kind.
+      ValueError: if a variable has a wrong shape, or a value that is not finite.
+    """
+    payload = message["variables"]
+    if not isinstance(payload, Mapping):
+        raise TypeError(f"{what}: 'variables' should be a mapping, not {type(payload).__name__}")
+    fields = receives.variables()
+    for name in fields:
+        if name not in payload:
+            raise KeyError(f"{what} lacks the variable {name!r}")
+    for name in payload:
+        if name not in fields:
+            raise KeyError(f"{what} has an unknown variable {name!r}: {nearest(name, fields)}")
+    return receives(
+        **{name: _decode(payload[name], marks, specs, f"{what}, variable {name!r}") for name, marks in fields.items()}
+    )
+
+
+def _decode(payload: Any, marks: frozenset[str], specs: Specs, what: str) -> Any:
+    if not isinstance(payload, Mapping):
+        raise TypeError(f"{what} should be an array, not {type(payload).__name__}")
+    if "params" in marks:
+        if set(payload) == {"dtype", "shape", "data"} and isinstance(payload["data"], str):
+            raise TypeError(f"{what} should be shaped like the parameters, not be one array")
+        by_path = specs.by_path
+        return decode_tree(payload, specs, lambda path, array, at: _decode_leaf(array, by_path[path], at), what)
+    return _decode_leaf(payload, jax.ShapeDtypeStruct((), jnp.float32) if "scalar" in marks else None, what)
+
+
+def _decode_leaf(payload: Any, like: Any, what: str) -> jax.Array:
+    if not isinstance(payload, Mapping) or "dtype" not in payload:
+        raise TypeError(f"{what} should be an array, not {type(payload).__name__}")
+    if like is not None and payload.get("shape") != list(like.shape):
+        raise ValueError(f"{what} has shape {payload.get('shape')!r}: expected {list(like.shape)}")
+    array = decode_array(payload, what)
+    if jnp.issubdtype(array.dtype, jnp.inexact):
+        if not np.isfinite(np.asarray(array)).all():
+            raise ValueError(f"{what} has values that are not finite")
+    elif like is not None and like.shape and jnp.issubdtype(like.dtype, jnp.inexact):
+        raise TypeError(f"{what} has dtype {array.dtype}: expected real numbers, as {like.dtype}")
+    return array

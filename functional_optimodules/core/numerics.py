@@ -1,0 +1,65 @@
+"""Arithmetic that bricks share: accumulators' dtypes, and derivatives that stay finite."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def wide(array: Any) -> jax.Array:
+    """Return an array in at least float32, the dtype that norms and moments accumulate in."""
+    array = jnp.asarray(array)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def zeros_wide(params: Any, real: bool = False) -> Any:
+    """Return zeros shaped like the parameters, in at least float32; real ones on request."""
+
+    def zeros(param: Any) -> jax.Array:
+        dtype = jnp.promote_types(jnp.result_type(param), jnp.float32)
+        return jnp.zeros(jnp.shape(param), jnp.finfo(dtype).dtype if real else dtype)
+
+    return jax.tree.map(zeros, params)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """Return a tree with each leaf in the dtype of its match."""
+    return jax.tree.map(lambda leaf, other: leaf.astype(jnp.result_type(other)), tree, like)
+
+
+def abs_sq(array: jax.Array) -> jax.Array:
+    """Return the squared modulus, real also for complex numbers."""
+    if jnp.iscomplexobj(array):
+        return array.real**2 + array.imag**2
+    return array * array
+
+
+def safe_sqrt(array: jax.Array) -> jax.Array:
+    """Return the square root of non-negative numbers, with derivative 0 at 0."""
+    positive = array > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, array, 1)), 0)
+
+
+def power(base: Any, exponent: Any) -> jax.Array:
+    """Return `base ** exponent` in float32 for a base >= 0, exact to rounding for large exponents.
+
+    The logarithm of a Python number is taken in double precision.
+    """
+    exponent = jnp.asarray(exponent).astype(jnp.float32)
+    return jnp.where(exponent == 0, 1, jnp.exp(jnp.where(exponent == 0, 1, exponent) * _log(base)))
+
+
+def one_minus_power(base: Any, exponent: Any) -> jax.Array:
+    """Return `1 - base ** exponent` in float32 for a base in [0, 1) and an exponent > 0.
+
+    It has no cancellation: the difference written out loses four digits where
+    the base is 0.999 and the exponent 1.
+    """
+    return -jnp.expm1(jnp.asarray(exponent).astype(jnp.float32) * _log(base))
+
+
+def _log(base: Any) -> Any:
+    if isinstance(base, int | float):
+        return jnp.float32(math.log(base) if base > 0 else -math.inf)
+    return jnp.log(base)

@@ -1,0 +1,264 @@
+"""What the facade of a brick remembers between calls, and how it changes.
+
+Every method either succeeds or leaves the session as it was: what it computes
+is assigned at its end. A step donates the session's own state and nothing else.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from functional_optimodules.core.aux_var import AuxVar, FromClients, FromServer
+from functional_optimodules.core.compiled import Compiled, compiled
+from functional_optimodules.core.fields import nearest
+from functional_optimodules.core.messages import decode_message, encode_message, message_specs
+from functional_optimodules.core.paths import Specs, specs_from_json
+
+_STATE_KEYS = ("name", "params", "variables", "rounds_begun", "message_out", "clients")
+
+
+class Session:
+    """The stateful side of one brick.
+
+    Attributes:
+      state: the brick's state, or `None` while nothing is known of the parameters.
+      specs: the parameters' paths, shapes and dtypes, known when the state is.
+      rounds_begun: how many rounds were begun before there was a state.
+      message_out: whether a message was collected that is neither committed nor retracted.
+      clients: on a server, the clients heard of, in order; their place is their index.
+    """
+
+    def __init__(self, brick: Any) -> None:
+        self.brick = brick
+        self.compiled: Compiled = compiled(brick)
+        self.owner = type(brick).__name__
+        self.state: Any = None
+        self.specs: Specs | None = None
+        self.rounds_begun = 0
+        self.message_out = False
+        self.clients: tuple[str, ...] = ()
+
+    def _assign(self, state: Any, specs: Specs) -> None:
+        self.state, self.specs = state, specs
+        self.rounds_begun, self.message_out = 0, False
+
+    def _committed(self, state: Any) -> Any:
+        return self.compiled.commit(state) if self.message_out else state
+
+    def _on(self, params: Any, identity: int | None = None) -> tuple[Any, Specs]:
+        """Return the state over the container of the parameters, made if there is none."""
+        if _traced(params):
+            raise self._under_trace()
+        specs = Specs.of(params)
+        if self.specs is None:
+            state = self.compiled.init(params, identity)
+            for _ in range(self.rounds_begun):
+                state = self.compiled.begin_round(state, params)
+            return state, specs
+        self.specs.require_same(specs, f"{self.owner}: the tree of parameters")
+        if self.specs.hung and self.specs != specs:
+            raise ValueError(f"{self.owner}: the parameters are in another container than before: {specs.treedef}")
+        return self.compiled.layout(specs.flat()).rehang(self.state, self.specs, specs), specs
+
+    def setup(self, params: Any, identity: int | None) -> None:
+        """Make the state, or hang the one that there is on the parameters."""
+        if self.specs is not None and identity is not None:
+            raise RuntimeError(f"{self.owner} has a state already: an identity is folded in when it is made")
+        state, specs = self._on(params, identity)
+        if _traced(state):
+            raise self._under_trace()
+        self.state, self.specs, self.rounds_begun = state, specs, 0
+
+    def step(self, gradients: Any, params: Any, extra_args: dict[str, Any]) -> Any:
+        """Run `update` and keep its state."""
+        like = params if params is not None else gradients
+        return self._donate(self.compiled.step, like, gradients, params, extra_args)
+
+    def apply(self, params: Any, gradients: Any, extra_args: dict[str, Any], donate: bool) -> Any:
+        """Run `update`, keep its state, and return the new parameters."""
+        function = self.compiled.apply_donated if donate else self.compiled.apply
+        return self._donate(function, params, params, gradients, extra_args)
+
+    def _donate(self, function: Any, like: Any, *args: Any) -> Any:
+        hung = self.specs is not None and self.specs.hung
+        state, specs = (self.state, self.specs) if hung else self._on(like)
+        state = self._committed(state)
+        try:
+            output, new = function(specs, state, *args)
+        except Exception as error:
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+                raise RuntimeError(
+                    f"{self.owner}: the device failed in the middle of a step, and the state given to it is lost: "
+                    "restore a saved one after `reset()`"
+                ) from error
+            raise
+        if _traced((output, new)):
+            raise self._under_trace()
+        self._assign(new, specs)
+        return output
+
+    def _under_trace(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self.owner}: the facade keeps its state outside of JAX and cannot be called under jit, grad, vmap or "
+            "scan: use the pure `update(updates, state, params)` there"
+        )
+
+    def begin_round(self) -> None:
+        """Begin a round now, or remember that one was begun."""
+        if self.specs is None:
+            self.rounds_begun += 1
+        else:
+            self._assign(self.compiled.begin_round(self._committed(self.state)), self.specs)
+
+    def collect(self) -> dict[str, Any]:
+        """Return the messages by `aux_name`; what they say is committed later."""
+        if self.specs is None:
+            return {}
+        specs = self.specs
+        auxes = self.compiled.collect(self.state)
+        messages = {name: self._encode(aux, name, specs) for name, aux in auxes.items()}
+        self.message_out = self.message_out or bool(messages)
+        return messages
+
+    def _encode(self, aux: AuxVar, name: str, specs: Specs) -> dict[str, Any]:
+        sends = self.brick.channels()[name].sends
+        if type(aux) is not sends:
+            declared = "nothing" if sends is None else sends.__name__
+            raise TypeError(f"{self.owner}.collect returned {type(aux).__name__}, and `sends` declares {declared}")
+        if isinstance(aux, FromServer) and any("per-client" in marks for marks in aux.variables().values()):
+            own = {client: aux.narrow(index) for index, client in enumerate(self.clients)}
+            return {"per_client": {client: encode_message(mine, name, specs) for client, mine in own.items()}}
+        return encode_message(aux, name, specs)
+
+    def retract(self) -> None:
+        """Forget that a message is out."""
+        self.message_out = False
+
+    def process(self, messages: Mapping[str, Any]) -> None:
+        """Take messages by `aux_name`."""
+        channels = self.brick.channels()
+        for name in messages:
+            if name not in channels:
+                raise KeyError(
+                    f"{self.owner}: no module takes auxiliary variables named {name!r}: {nearest(name, channels)}"
+                )
+        if not messages:
+            return
+        envelopes = {name: self._envelopes(name, payload) for name, payload in messages.items()}
+        received = [specs for each in envelopes.values() for _, _, specs, _ in each]
+        for specs, (what, *_) in zip(received, (each for many in envelopes.values() for each in many), strict=True):
+            (self.specs or received[0]).require_same(specs, what)
+        if self.specs is not None:
+            state, specs = self._committed(self.state), self.specs
+        else:
+            state, specs = self.compiled.init_from_specs(received[0]), received[0]
+            for _ in range(self.rounds_begun):
+                state = self.compiled.begin_round(state)
+        clients = self.clients
+        auxes = {}
+        for name, each in envelopes.items():
+            decoded = {who: decode_message(message, kind, specs, what) for what, kind, _, (who, message) in each}
+            clients += tuple(who for who in decoded if who is not None and who not in clients)
+            auxes[name] = self._reduce(decoded, clients, channels[name])
+        new = self.compiled.process(auxes, state)
+        self._assign(new, specs)
+        self.clients = clients
+
+    def _envelopes(self, name: str, payload: Any) -> list[tuple[str, type[AuxVar], Specs, tuple[str | None, Any]]]:
+        """Check who sent what; return what errors call it, its type, its specs, its client and itself."""
+        receives = self.brick.channels()[name].receives
+        if receives is None:
+            raise NotImplementedError(f"{self.owner}: {name!r} sends auxiliary variables, and receives none")
+        if not issubclass(receives, FromClients):
+            what = f"{self.owner}: what was received for {name!r}"
+            return [(what, receives, message_specs(payload, name, receives, what), (None, payload))]
+        if not isinstance(payload, Mapping) or "aux_name" in payload:
+            raise TypeError(
+                f"{self.owner}: a server takes messages for {name!r} keyed by client, not {type(payload).__name__} "
+                "of another form"
+            )
+        if not payload:
+            raise ValueError(f"{self.owner}: there is no client's message for {name!r}")
+        checked: list[tuple[str, type[AuxVar], Specs, tuple[str | None, Any]]] = []
+        for client, message in payload.items():
+            if not isinstance(client, str):
+                raise TypeError(f"{self.owner}: clients are named by strings, not {client!r}")
+            what = f"{self.owner}: the message for {name!r} from client {client!r}"
+            checked.append((what, receives, message_specs(message, name, receives, what), (client, message)))
+        return checked
+
+    def _reduce(self, decoded: dict[str | None, Any], clients: tuple[str, ...], module: Any) -> AuxVar:
+        if None in decoded:
+            return decoded[None]
+        wide = any("per-client" in marks for marks in module.receives.variables().values())
+        total = getattr(module, "num_clients", None)
+        if wide and (total is None or len(clients) > total):
+            raise ValueError(f"{self.owner}: num_clients={total} is less than the {len(clients)} clients heard of")
+        reduced: Any = None
+        for client, aux in decoded.items():
+            aux = aux.widen(clients.index(client), total) if wide else aux
+            reduced = aux if reduced is None else _merge(reduced, aux)
+        return reduced
+
+    def snapshot(self) -> Any:
+        """Return a copy of the state, which later steps do not touch."""
+        return jax.tree.map(jnp.copy, self.state)
+
+    def save(self) -> dict[str, Any]:
+        """Return everything that is remembered as JSON values."""
+        layout = None if self.specs is None else self.compiled.layout(self.specs.flat())
+        return {
+            "name": self.brick.state_name(),
+            "params": None if self.specs is None else self.specs.to_json(),
+            "variables": None if layout is None else layout.encode(self.state, self.specs),
+            "rounds_begun": self.rounds_begun,
+            "message_out": self.message_out,
+            "clients": list(self.clients),
+        }
+
+    def load(self, saved: Any) -> None:
+        """Restore what `save` returned."""
+        if not isinstance(saved, Mapping):
+            raise TypeError(f"{self.owner}: a state is a mapping, not {type(saved).__name__}")
+        for key in _STATE_KEYS:
+            if key not in saved:
+                raise KeyError(f"{self.owner}: the state lacks {key!r}")
+        for key in saved:
+            if key not in _STATE_KEYS:
+                raise KeyError(f"{self.owner}: the state has an unknown key {key!r}: {nearest(key, _STATE_KEYS)}")
+        if saved["name"] != self.brick.state_name():
+            raise ValueError(
+                f"{self.owner}: the state is that of {saved['name']!r}, not of {self.brick.state_name()!r}"
+            )
+        rounds, out, clients = saved["rounds_begun"], saved["message_out"], saved["clients"]
+        if type(rounds) is not int or rounds < 0:
+            raise ValueError(f"{self.owner}: 'rounds_begun' should be a count, not {rounds!r}")
+        if type(out) is not bool:
+            raise ValueError(f"{self.owner}: 'message_out' should be true or false, not {out!r}")
+        if not isinstance(clients, list) or not all(isinstance(client, str) for client in clients):
+            raise ValueError(f"{self.owner}: 'clients' should be a list of names, not {clients!r}")
+        state, specs = self._read(saved)
+        self.state, self.specs = state, specs
+        self.rounds_begun, self.message_out, self.clients = rounds, out, tuple(clients)
+
+    def _read(self, saved: Mapping[str, Any]) -> tuple[Any, Specs | None]:
+        if (saved["params"] is None) != (saved["variables"] is None):
+            raise ValueError(f"{self.owner}: 'params' and 'variables' should both be there, or neither")
+        if saved["params"] is None:
+            return None, None
+        specs = specs_from_json(saved["params"], f"{self.owner}: the state")
+        if self.specs is not None:
+            self.specs.require_same(specs, f"{self.owner}: the state")
+            specs = self.specs
+        return self.compiled.layout(specs.flat()).decode(saved["variables"], specs, self.owner), specs
+
+
+def _traced(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+@jax.jit
+def _merge(left: Any, right: Any) -> Any:
+    return left.merge(right)

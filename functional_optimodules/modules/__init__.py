@@ -1,0 +1,1 @@
+"""The modules: one family of algorithms a file."""

@@ -1,0 +1,242 @@
+"""Adaptive step sizes: gradients divided by the root of a second moment.
+
+    adagrad   v += g²
+    rmsprop   v = beta * v + (1 - beta) * g²
+    adam      m = beta_1 * m + (1 - beta_1) * g;   v = beta_2 * v + (1 - beta_2) * g²
+    yogi      as adam, with v = v - (1 - beta_2) * sign(v - g²) * g²
+
+    g = g / (sqrt(v) + eps), or with bias correction m̂ / (sqrt(v̂) + eps)
+
+Moments are kept in at least float32. A gradient of zero stays zero, and so does
+its derivative.
+"""
+
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from functional_optimodules.core.brick import OptiModule
+from functional_optimodules.core.fields import hyperparameter
+from functional_optimodules.core.numerics import abs_sq, cast_like, one_minus_power, safe_sqrt, wide, zeros_wide
+from functional_optimodules.modules.momentum import ewma, yogi_average
+
+
+def squares(updates: Any) -> Any:
+    """Return the squared moduli of a tree, in at least float32."""
+    return jax.tree.map(lambda g: abs_sq(wide(g)), updates)
+
+
+def divide_by_root(numerators: Any, moments: Any, eps: Any, like: Any) -> Any:
+    """Return `numerators / (sqrt(moments) + eps)`, in the dtypes of another tree."""
+    ratios = jax.tree.map(lambda m, v: wide(m) / (safe_sqrt(v) + eps), numerators, moments)
+    return cast_like(ratios, like)
+
+
+class AdaGradState(NamedTuple):
+    """State of `AdaGradModule`.
+
+    Attributes:
+      total: sum of squared gradients, shaped like the parameters, in at least float32.
+    """
+
+    total: Any
+
+
+class AdaGradModule(OptiModule):
+    """g / (√Σg² + ε) (Duchi et al. 2011).
+
+        Init(eps):
+            total = 0
+        Step(grads):
+            total += grads ** 2
+            grads = grads / (sqrt(total) + eps)
+
+    Attributes:
+      eps: added to the divisor, > 0.
+      round_reset: whether a new round starts from a total of 0.
+
+    References:
+      Duchi, Hazan and Singer, "Adaptive subgradient methods for online learning
+      and stochastic optimization", JMLR 12, 2011.
+    """
+
+    name: ClassVar[str] = "adagrad"
+    eps: float = hyperparameter(1e-7, "(0, inf)")
+    round_reset: bool = False
+
+    def init(self, params: Any) -> AdaGradState:
+        return AdaGradState(total=zeros_wide(params, real=True))
+
+    def update(
+        self, updates: Any, state: AdaGradState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, AdaGradState]:
+        total = jax.tree.map(jnp.add, state.total, squares(updates))
+        return divide_by_root(updates, total, self.eps, updates), AdaGradState(total)
+
+
+class RMSPropState(NamedTuple):
+    """State of `RMSPropModule`.
+
+    Attributes:
+      second: average of squared gradients, shaped like the parameters, in at least float32.
+    """
+
+    second: Any
+
+
+class RMSPropModule(OptiModule):
+    """g / (√v + ε), v an average of g² (Tieleman & Hinton 2012).
+
+        Init(beta, eps):
+            second = 0
+        Step(grads):
+            second = beta * second + (1 - beta) * grads ** 2
+            grads = grads / (sqrt(second) + eps)
+
+    Attributes:
+      beta: weight of the past average, in [0, 1).
+      eps: added to the divisor, > 0.
+      round_reset: whether a new round starts from an average of 0.
+
+    References:
+      Tieleman and Hinton, "Lecture 6.5: RMSProp", Coursera, 2012.
+    """
+
+    name: ClassVar[str] = "rmsprop"
+    beta: float = hyperparameter(0.9, "[0, 1)")
+    eps: float = hyperparameter(1e-7, "(0, inf)")
+    round_reset: bool = False
+
+    def init(self, params: Any) -> RMSPropState:
+        return RMSPropState(second=zeros_wide(params, real=True))
+
+    def update(
+        self, updates: Any, state: RMSPropState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, RMSPropState]:
+        second = ewma(state.second, squares(updates), self.beta)
+        return divide_by_root(updates, second, self.eps, updates), RMSPropState(second)
+
+
+class AdamState(NamedTuple):
+    """State of `AdamModule` and `YogiModule`.
+
+    Attributes:
+      steps: int32 scalar, how many steps were taken.
+      first: average of gradients, shaped like the parameters, in at least float32.
+      second: average of squared gradients, likewise.
+      largest: with AMSGrad, the largest corrected `second` so far, likewise;
+        `None` without.
+    """
+
+    steps: jax.Array
+    first: Any
+    second: Any
+    largest: Any
+
+
+def init_moments(params: Any, amsgrad: bool) -> AdamState:
+    """Return the state of Adam before the first step."""
+    largest = zeros_wide(params, real=True) if amsgrad else None
+    return AdamState(jnp.zeros((), jnp.int32), zeros_wide(params), zeros_wide(params, real=True), largest)
+
+
+def divide_corrected(updates: Any, state: AdamState, beta_1: Any, beta_2: Any, eps: Any) -> tuple[Any, AdamState]:
+    """Return Adam's output, given a state whose moments have already moved."""
+    first_scale = 1 / one_minus_power(beta_1, state.steps)
+    second_scale = 1 / one_minus_power(beta_2, state.steps)
+    second = jax.tree.map(lambda v: v * second_scale.astype(v.dtype), state.second)
+    if state.largest is not None:
+        second = jax.tree.map(jnp.maximum, state.largest, second)
+        state = state._replace(largest=second)
+    first = jax.tree.map(lambda m: m * first_scale.astype(m.real.dtype), state.first)
+    return divide_by_root(first, second, eps, updates), state
+
+
+class AdamModule(OptiModule):
+    """m̂ / (√v̂ + ε), bias-corrected (Kingma & Ba 2014; AMSGrad: Reddi et al. 2018).
+
+        Init(beta_1, beta_2, eps, amsgrad):
+            steps = 0; first = 0; second = 0; largest = 0 if amsgrad
+        Step(grads):
+            steps += 1
+            first = beta_1 * first + (1 - beta_1) * grads
+            second = beta_2 * second + (1 - beta_2) * grads ** 2
+            m_hat = first / (1 - beta_1 ** steps)
+            v_hat = second / (1 - beta_2 ** steps)
+            if amsgrad: v_hat = largest = max(largest, v_hat)
+            grads = m_hat / (sqrt(v_hat) + eps)
+
+    AMSGrad takes the maximum of bias-corrected moments.
+
+    Attributes:
+      beta_1: weight of the past first moment, in [0, 1).
+      beta_2: weight of the past second moment, in [0, 1).
+      amsgrad: whether to divide by the largest second moment so far.
+      eps: added to the divisor, > 0.
+      round_reset: whether a new round starts from moments of 0.
+
+    References:
+      Kingma and Ba, "Adam: a method for stochastic optimization", algorithm 1,
+      arXiv:1412.6980.
+      Reddi, Kale and Kumar, "On the convergence of Adam and beyond", algorithm 2,
+      arXiv:1904.09237.
+    """
+
+    name: ClassVar[str] = "adam"
+    beta_1: float = hyperparameter(0.9, "[0, 1)")
+    beta_2: float = hyperparameter(0.99, "[0, 1)")
+    amsgrad: bool = False
+    eps: float = hyperparameter(1e-7, "(0, inf)")
+    round_reset: bool = False
+
+    def init(self, params: Any) -> AdamState:
+        return init_moments(params, self.amsgrad)
+
+    def update(self, updates: Any, state: AdamState, params: Any = None, **extra_args: Any) -> tuple[Any, AdamState]:
+        moved = state._replace(
+            steps=state.steps + 1,
+            first=ewma(state.first, jax.tree.map(wide, updates), self.beta_1),
+            second=ewma(state.second, squares(updates), self.beta_2),
+        )
+        return divide_corrected(updates, moved, self.beta_1, self.beta_2, self.eps)
+
+
+class YogiModule(OptiModule):
+    """Adam with an additive second moment (Zaheer et al. 2018).
+
+        Init(beta_1, beta_2, eps, amsgrad):
+            steps = 0; first = 0; second = 0; largest = 0 if amsgrad
+        Step(grads):
+            as Adam, but for
+            second = second - (1 - beta_2) * sign(second - grads ** 2) * grads ** 2
+
+    Attributes:
+      beta_1: weight of the past first moment, in [0, 1).
+      beta_2: one minus the step of the second moment, in [0, 1).
+      amsgrad: whether to divide by the largest second moment so far.
+      eps: added to the divisor, > 0.
+      round_reset: whether a new round starts from moments of 0.
+
+    References:
+      Zaheer et al., "Adaptive methods for nonconvex optimization", algorithm 2,
+      NeurIPS 2018.
+    """
+
+    name: ClassVar[str] = "yogi"
+    beta_1: float = hyperparameter(0.9, "[0, 1)")
+    beta_2: float = hyperparameter(0.99, "[0, 1)")
+    amsgrad: bool = False
+    eps: float = hyperparameter(1e-7, "(0, inf)")
+    round_reset: bool = False
+
+    def init(self, params: Any) -> AdamState:
+        return init_moments(params, self.amsgrad)
+
+    def update(self, updates: Any, state: AdamState, params: Any = None, **extra_args: Any) -> tuple[Any, AdamState]:
+        moved = state._replace(
+            steps=state.steps + 1,
+            first=ewma(state.first, jax.tree.map(wide, updates), self.beta_1),
+            second=yogi_average(state.second, squares(updates), self.beta_2),
+        )
+        return divide_corrected(updates, moved, self.beta_1, self.beta_2, self.eps)

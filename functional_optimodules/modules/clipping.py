@@ -1,0 +1,87 @@
+"""Clipping of gradients by their Euclidean norm.
+
+    l2-clipping           norm of each parameter's gradient on its own
+    l2-global-clipping    norm of all gradients together
+
+    grads = grads * min(1, max_norm / norm)
+
+Norms are taken in at least float32: a float16 norm overflows at 256 elements of
+256. A gradient of zero stays zero, and so does its derivative.
+"""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from functional_optimodules.core.brick import OptiModule
+from functional_optimodules.core.fields import hyperparameter
+from functional_optimodules.core.numerics import abs_sq, safe_sqrt, wide
+
+
+def sum_of_squares(gradient: jax.Array) -> jax.Array:
+    """Return the squared norm of an array, in at least float32."""
+    return jnp.sum(abs_sq(wide(gradient)))
+
+
+def shrink(gradient: jax.Array, norm: jax.Array, max_norm: Any) -> jax.Array:
+    """Return a gradient scaled down where a norm is above its bound."""
+    above = norm > max_norm
+    scale = jnp.where(above, max_norm / jnp.where(above, norm, 1), 1)
+    return (wide(gradient) * scale.astype(wide(gradient).real.dtype)).astype(gradient.dtype)
+
+
+class L2Clipping(OptiModule):
+    """g · min(1, c / ‖g‖₂), for each parameter on its own.
+
+        Init(max_norm):
+            nothing
+        Step(grads):
+            for each parameter: grad = grad * min(1, max_norm / ||grad||)
+
+    Attributes:
+      max_norm: the largest norm of a parameter's gradient, >= 0.
+
+    References:
+      Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural
+      networks", algorithm 1, ICML 2013.
+    """
+
+    name: ClassVar[str] = "l2-clipping"
+    max_norm: float = hyperparameter(1.0, "[0, inf]")
+
+    def init(self, params: Any) -> optax.EmptyState:
+        return optax.EmptyState()
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        clipped = jax.tree.map(lambda g: shrink(g, safe_sqrt(sum_of_squares(g)), self.max_norm), updates)
+        return clipped, state
+
+
+class L2GlobalClipping(OptiModule):
+    """g · min(1, c / ‖g‖₂), for all parameters together (Pascanu et al. 2013).
+
+        Init(max_norm):
+            nothing
+        Step(grads):
+            norm = sqrt(sum over parameters of ||grad||²)
+            grads = grads * min(1, max_norm / norm)
+
+    Attributes:
+      max_norm: the largest norm of all gradients together, >= 0.
+
+    References:
+      Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural
+      networks", algorithm 1, ICML 2013.
+    """
+
+    name: ClassVar[str] = "l2-global-clipping"
+    max_norm: float = hyperparameter(1.0, "[0, inf]")
+
+    def init(self, params: Any) -> optax.EmptyState:
+        return optax.EmptyState()
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        norm = safe_sqrt(sum((sum_of_squares(g) for g in jax.tree.leaves(updates)), jnp.zeros((), jnp.float32)))
+        return jax.tree.map(lambda g: shrink(g, norm, self.max_norm), updates), state

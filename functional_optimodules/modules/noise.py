@@ -1,0 +1,84 @@
+"""Noise for differential privacy.
+
+    Init(std, seed):
+        key = from the seed, or from the operating system
+        steps = 0
+    Step(grads):
+        for each parameter: grad += normal(key, steps, parameter) * std
+        steps += 1
+
+The key and the position in its stream are state: a run that is saved and
+resumed draws what it would have drawn. Clients of one seed must fold in an
+identity each (`setup(params, identity)`, or the pure `fold_in`), lest they draw
+the same noise.
+"""
+
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from functional_optimodules.core.brick import OptiModule
+from functional_optimodules.core.chacha import CHACHA20
+from functional_optimodules.core.entropy import make_key
+from functional_optimodules.core.fields import hyperparameter
+from functional_optimodules.core.numerics import wide
+
+
+class NoiseState(NamedTuple):
+    """State of `GaussianNoiseModule`.
+
+    Attributes:
+      key: typed PRNG key.
+      steps: int32 scalar, how many draws were made.
+    """
+
+    key: jax.Array
+    steps: jax.Array
+
+
+class GaussianNoiseModule(OptiModule):
+    """g + σ·N(0, 1), independent for every element and step (Abadi et al. 2016).
+
+        Init(std, safe_mode, seed):
+            key = make_key(seed); steps = 0
+        Step(grads):
+            grads += std * normal(fold_in(key, steps))
+            steps += 1
+
+    Put it after clipping and before anything adaptive. The noise is drawn in at
+    least float32, added there, and the sum rounded to the gradient's dtype.
+
+    Attributes:
+      std: standard deviation of the noise, >= 0, in the units of the gradients.
+      safe_mode: whether to draw from the key stream of the ChaCha20 cipher,
+        rather than from JAX's default generator, which is faster and no cipher.
+      seed: where the key comes from: with `None`, from the operating system, so
+        that `init` must then be called outside of `jit`. A seed makes runs
+        reproducible, and the noise no more secret than the seed.
+
+    References:
+      Abadi et al., "Deep learning with differential privacy", algorithm 1,
+      arXiv:1607.00133.
+      Nir and Langley, "ChaCha20 and Poly1305 for IETF protocols", RFC 8439.
+    """
+
+    name: ClassVar[str] = "gaussian-noise"
+    std: float = hyperparameter(1.0, "[0, inf)")
+    safe_mode: bool = True
+    seed: int | None = hyperparameter(None, "[0, 4294967295]")
+
+    def init(self, params: Any) -> NoiseState:
+        impl = CHACHA20 if self.safe_mode else None
+        return NoiseState(make_key(self.seed, type(self).__name__, impl), jnp.zeros((), jnp.int32))
+
+    def update(self, updates: Any, state: NoiseState, params: Any = None, **extra_args: Any) -> tuple[Any, NoiseState]:
+        leaves, treedef = jax.tree.flatten(updates)
+        key = jax.random.fold_in(state.key, state.steps)
+        noisy = [self._add(leaf, jax.random.fold_in(key, index)) for index, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(treedef, noisy), NoiseState(state.key, state.steps + 1)
+
+    def _add(self, gradient: jax.Array, key: jax.Array) -> jax.Array:
+        exact = wide(gradient)
+        noise = jax.random.normal(key, exact.shape, exact.dtype)
+        return (exact + self.std * noise).astype(gradient.dtype)

@@ -1,0 +1,117 @@
+"""Any optax transformation as a brick, by its public name.
+
+Init(transform, config):
+    state = optax.<transform>(**config).init(params)
+Step(grads):
+    grads = optax.<transform>(**config).update(grads, state, params)
+    grads = -grads if the transformation descends
+"""
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from functional_optimodules.core.brick import OptiModule
+from functional_optimodules.core.fields import FrozenConfig, hyperparameter, nearest
+from functional_optimodules.core.numerics import cast_like
+
+# Factories that apply minus a rate of another name than `learning_rate`.
+_OTHER_DESCENTS = frozenset({"polyak_sgd"})
+
+
+class OptaxState(NamedTuple):
+    """State of `OptaxModule`.
+
+    Attributes:
+      inner: the transformation's own state.
+    """
+
+    inner: Any
+
+
+class OptaxModule(OptiModule):
+    """Any optax transformation, by name and JSON arguments.
+
+        Init(transform, config):
+            inner = optax.<transform>(**config).init(params)
+        Step(grads):
+            grads, inner = optax.<transform>(**config).update(grads, inner, params)
+            grads = -grads if the factory takes a learning rate
+
+    A factory with a `learning_rate` gives updates that point downhill: it gets a
+    rate of 1 unless told otherwise, and the brick turns the sign, so that every
+    brick points uphill and the `Optimizer` alone applies the rate.
+
+    Attributes:
+      transform: the factory's name in optax, such as `"lion"`, `"scale_by_adam"`
+        or `"contrib.prodigy"`.
+      config: its keyword arguments, JSON values.
+
+    References:
+      DeepMind, "optax", https://optax.readthedocs.io.
+    """
+
+    name: ClassVar[str] = "optax"
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"transform": "lion", "config": {"b1": 0.8}},
+        {"transform": "scale_by_adam", "config": {"b2": 0.99, "nesterov": True}},
+        {"transform": "sgd", "config": {"momentum": 0.5}},
+    )
+    transform: str
+    config: Mapping[str, Any] = hyperparameter(FrozenConfig({}))
+
+    def validate(self) -> None:
+        """Build the transformation once.
+
+        Raises:
+          ValueError: if optax has no such factory, it refuses the arguments, or
+            what it makes is no gradient transformation.
+        """
+        _build(self.transform, self.config)
+
+    def init(self, params: Any) -> OptaxState:
+        return OptaxState(jax.tree.map(jnp.array, _build(self.transform, self.config)[0].init(params)))
+
+    def update(self, updates: Any, state: OptaxState, params: Any = None, **extra_args: Any) -> tuple[Any, OptaxState]:
+        transform, sign = _build(self.transform, self.config)
+        output, inner = transform.update(updates, state.inner, params, **extra_args)
+        output = cast_like(output, updates)
+        return (output if sign == 1 else jax.tree.map(jnp.negative, output)), OptaxState(inner)
+
+
+@functools.lru_cache(maxsize=512)
+def _build(name: str, config: Any) -> tuple[optax.GradientTransformationExtraArgs, int]:
+    factory = _find(name)
+    arguments = dict(config)
+    parameters = inspect.signature(factory).parameters
+    for key in arguments:
+        if key not in parameters:
+            raise ValueError(f"OptaxModule: optax.{name} takes no argument {key!r}: {nearest(key, parameters)}")
+    descends = name in _OTHER_DESCENTS
+    if "learning_rate" in parameters:
+        arguments.setdefault("learning_rate", 1.0)
+        descends = arguments.get("flip_sign", True)
+    try:
+        transform = factory(**arguments)
+    except Exception as error:
+        raise ValueError(f"OptaxModule: optax.{name} refuses the arguments {arguments}: {error}") from error
+    if not isinstance(transform, optax.GradientTransformation):
+        raise ValueError(f"OptaxModule: optax.{name} makes no gradient transformation, but {transform!r}")
+    return optax.with_extra_args_support(transform), -1 if descends else 1
+
+
+def _find(name: str) -> Any:
+    place: Any = optax
+    for part in name.split("."):
+        if part.startswith("_") or not hasattr(place, part):
+            known = [each for each in dir(place) if not each.startswith("_")]
+            raise ValueError(f"OptaxModule: optax has no public {name!r}: {nearest(part, known)}")
+        place = getattr(place, part)
+    if not callable(place) or isinstance(place, type):
+        raise ValueError(f"OptaxModule: optax.{name} makes no gradient transformation: it is {place!r}")
+    return place

@@ -1,0 +1,232 @@
+"""The optimizer: regularizers, then modules, then the learning rate and decoupled weight decay.
+
+Init(lrate, w_decay, regularizers, modules):
+    the clocks of the two rates, and the state of each brick
+Step(grads, params):
+    grads = regularizers(grads, params)
+    grads = modules(grads)
+    updates = -(lrate * grads + w_decay * params)
+Send, Receive: those of the modules, by name
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from functional_optimodules.core.brick import Brick, OptiModule
+from functional_optimodules.core.fields import hyperparameter
+from functional_optimodules.core.numerics import wide
+from functional_optimodules.core.regularizer import Regularizer
+from functional_optimodules.core.scheduler import Scheduler
+from functional_optimodules.schedulers import as_scheduler
+
+
+class OptimizerState(NamedTuple):
+    """State of `Optimizer`.
+
+    Attributes:
+      lrate: clock of the learning rate.
+      w_decay: clock of the weight decay.
+      regularizers: state of each regularizer by name (`ridge`, `ridge-2`, ...).
+      modules: state of each module by name.
+    """
+
+    lrate: Any
+    w_decay: Any
+    regularizers: dict[str, Any]
+    modules: dict[str, Any]
+
+
+class Optimizer(Brick, register=False):
+    """A gradient-descent optimizer made of plug-ins.
+
+        updates = -(lrate * modules(regularizers(grads, params)) + w_decay * params)
+
+    It is itself a brick, pure and stateful, accepted as `tx` by Flax and optax.
+
+    Attributes:
+      lrate: the learning rate, >= 0: a number, a `Scheduler` or its `(name, config)`
+        pair, or any function of the step, such as an optax schedule.
+      w_decay: the rate of decoupled weight decay, likewise.
+      regularizers: instances, names or `(name, config)` pairs, applied in order.
+      modules: the same, of modules.
+
+    Raises:
+      ValueError: if two modules share the name of their auxiliary variables.
+
+    References:
+      Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv:1711.05101.
+    """
+
+    name: ClassVar[str] = "optimizer"
+    lrate: float | Scheduler | Callable[[jax.Array], jax.Array] = hyperparameter(within="[0, inf)")
+    w_decay: float | Scheduler | Callable[[jax.Array], jax.Array] = hyperparameter(0.0, "[0, inf)")
+    regularizers: tuple[Regularizer, ...] = ()
+    modules: tuple[OptiModule, ...] = ()
+
+    def validate(self) -> None:
+        names = [name for module in self.modules for name in module.channels()]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"Optimizer: {names.count(name)} modules exchange auxiliary variables named {name!r}; each name "
+                    "may be used once"
+                )
+
+    def state_name(self) -> str:
+        return " ".join([self.name, *_labels(self.regularizers), *_labels(self.modules)])
+
+    @property
+    def _decays(self) -> bool:
+        return not (isinstance(self.w_decay, int | float) and self.w_decay == 0)
+
+    def init(self, params: Any) -> OptimizerState:
+        return OptimizerState(
+            lrate=as_scheduler(self.lrate).init(),
+            w_decay=as_scheduler(self.w_decay).init(),
+            regularizers={label: brick.init(params) for label, brick in _labels(self.regularizers).items()},
+            modules={label: brick.init(params) for label, brick in _labels(self.modules).items()},
+        )
+
+    def update(
+        self, updates: Any, state: OptimizerState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, OptimizerState]:
+        """Take a step: turn gradients into updates that are ready to be added to the parameters.
+
+        Raises:
+          ValueError: if the parameters are needed and not given.
+        """
+        if self._decays and params is None:
+            raise ValueError(f"Optimizer with w_decay={self.w_decay!r} needs the parameters: pass `params`")
+        regularizers, modules = dict(state.regularizers), dict(state.modules)
+        for label, regularizer in _labels(self.regularizers).items():
+            updates, regularizers[label] = regularizer.update(updates, regularizers[label], params, **extra_args)
+        for label, module in _labels(self.modules).items():
+            updates, modules[label] = module.update(updates, modules[label], params, **extra_args)
+        lrate, w_decay = as_scheduler(self.lrate), as_scheduler(self.w_decay)
+        eta, decay = lrate.value(state.lrate), w_decay.value(state.w_decay)
+
+        def scale(g: jax.Array, *param: jax.Array) -> jax.Array:
+            total = _times(eta, wide(g)) + sum(_times(decay, wide(p)) for p in param)
+            return (-total).astype(g.dtype)
+
+        updates = jax.tree.map(scale, updates, *([params] if self._decays else []))
+        clocks = lrate.advance(state.lrate), w_decay.advance(state.w_decay)
+        return updates, OptimizerState(*clocks, regularizers, modules)
+
+    def begin_round(self, state: OptimizerState, params: Any = None) -> OptimizerState:
+        """Begin a round of both rates' clocks and of every brick."""
+        return OptimizerState(
+            lrate=as_scheduler(self.lrate).begin_round(state.lrate),
+            w_decay=as_scheduler(self.w_decay).begin_round(state.w_decay),
+            regularizers={
+                label: brick.begin_round(state.regularizers[label], params)
+                for label, brick in _labels(self.regularizers).items()
+            },
+            modules={
+                label: brick.begin_round(state.modules[label], params) for label, brick in _labels(self.modules).items()
+            },
+        )
+
+    def collect(self, state: OptimizerState) -> dict[str, Any]:
+        """Return what the modules send, by the name of their auxiliary variables."""
+        auxes: dict[str, Any] = {}
+        for label, module in _labels(self.modules).items():
+            auxes |= module.collect_channels(state.modules[label])
+        return auxes
+
+    def commit(self, state: OptimizerState) -> OptimizerState:
+        modules = {label: module.commit(state.modules[label]) for label, module in _labels(self.modules).items()}
+        return state._replace(modules=modules)
+
+    def process(self, aux: Mapping[str, Any], state: OptimizerState) -> OptimizerState:
+        """Hand what was received, by name, to the modules that it is for.
+
+        Raises:
+          KeyError: if no module has such a name.
+        """
+        for name in aux:
+            if name not in self.channels():
+                raise KeyError(f"Optimizer: no module takes auxiliary variables named {name!r}")
+        modules = dict(state.modules)
+        for label, module in _labels(self.modules).items():
+            for name in module.channels().keys() & aux.keys():
+                modules[label] = module.process(aux[name], modules[label])
+        return state._replace(modules=modules)
+
+    def channels(self) -> dict[str, OptiModule]:
+        return {name: module for each in self.modules for name, module in each.channels().items()}
+
+    def collect_channels(self, state: Any) -> dict[str, Any]:
+        return self.collect(state)
+
+    def process_channels(self, auxes: Mapping[str, Any], state: Any) -> Any:
+        return self.process(auxes, state)
+
+    def compute_updates_from_gradients(self, params: Any, gradients: Any, **extra_args: Any) -> Any:
+        """Return updates that are ready to be added to the parameters, and keep the new state.
+
+        Args:
+          params: the parameters, a pytree of arrays.
+          gradients: the gradients, in the same container.
+          **extra_args: what else a brick's `update` takes: arrays.
+
+        Raises:
+          ValueError: if the structure, a shape or a dtype is not that of the
+            state; the state stays as it was.
+        """
+        return self._session.step(gradients, params, extra_args)
+
+    def apply_gradients(self, params: Any, gradients: Any, *, donate: bool = False, **extra_args: Any) -> Any:
+        """Return the parameters after a step, by one compiled call, and keep the new state.
+
+        Args:
+          params: the parameters, a pytree of arrays.
+          gradients: the gradients, in the same container. They are left intact.
+          donate: whether the parameters' buffers may be reused: the caller must
+            then no longer use the parameters that were passed.
+          **extra_args: what else a brick's `update` takes: arrays.
+
+        Raises:
+          ValueError: as `compute_updates_from_gradients` does.
+        """
+        return self._session.apply(params, gradients, extra_args, donate)
+
+    def start_round(self) -> None:
+        """Begin a round, also before the first step."""
+        self.on_round_start()
+
+    def collect_aux_var(self) -> dict[str, Any]:
+        """Return the modules' messages for their counterparts by `aux_name`; the same again if asked again."""
+        return self._session.collect()
+
+    def retract_aux_var(self) -> None:
+        """Say that the last collected messages are known to be lost: they will not be committed."""
+        self._session.retract()
+
+    def process_aux_var(self, aux_var: Mapping[str, Any]) -> None:
+        """Take the counterpart's messages by `aux_name`; on a server, for each a dict of these keyed by client.
+
+        Raises:
+          KeyError: if no module has such a name, or a variable is missing or unknown.
+          TypeError: if a variable is of the wrong kind, or from the wrong side.
+          ValueError: if a shape is wrong, a value is not finite, or there is no
+            client. Each names the variable, and on a server the client. The
+            state stays as it was.
+        """
+        self._session.process(aux_var)
+
+
+def _times(rate: jax.Array, array: jax.Array) -> jax.Array:
+    return rate.astype(array.real.dtype) * array
+
+
+def _labels(bricks: Sequence[Any]) -> dict[str, Any]:
+    """Name bricks apart: `adam`, `adam-2`."""
+    labels: dict[str, Any] = {}
+    for brick in bricks:
+        count = sum(other.name == brick.name for other in labels.values())
+        labels[f"{brick.name}-{count + 1}" if count else brick.name] = brick
+    return labels

@@ -1,0 +1,125 @@
+"""Regularizers: the gradient of a penalty on the parameters, added to the loss's.
+
+fedprox   alpha / 2 * ||w - w_ref||²     grads += alpha * (w - w_ref)
+lasso     alpha * ||w||_1                grads += alpha * sign(w)
+ridge     alpha * ||w||²                 grads += 2 * alpha * w
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from functional_optimodules.core.fields import hyperparameter
+from functional_optimodules.core.numerics import wide
+from functional_optimodules.core.regularizer import Regularizer
+
+
+def add_scaled(updates: Any, alpha: Any, penalty: Callable[..., jax.Array], *trees: Any) -> Any:
+    """Return `updates + alpha * penalty(*trees)`, leaf by leaf, in the updates' dtypes."""
+    return jax.tree.map(
+        lambda g, *leaves: (wide(g) + alpha * penalty(*map(wide, leaves))).astype(jnp.result_type(g)), updates, *trees
+    )
+
+
+class FedProxState(NamedTuple):
+    """State of `FedProxRegularizer`.
+
+    Attributes:
+      reference: the parameters at the start of the round, of their shapes and dtypes.
+      awaits: boolean scalar, whether the next step's parameters become the reference.
+    """
+
+    reference: Any
+    awaits: jax.Array
+
+
+class FedProxRegularizer(Regularizer):
+    """α/2·‖w − w_ref‖², w_ref the weights at the start of the round (Li et al. 2020).
+
+        Init(alpha):
+            reference = 0; awaits = true
+        Round(weights):
+            reference = weights; awaits = false     # awaits = true if they are not given
+        Step(grads, weights):
+            if awaits: reference = weights; awaits = false
+            grads += alpha * (weights - reference)
+
+    The reference is a copy. The pure `begin_round(state, params)` sets it at once;
+    without the parameters the round's first step does.
+
+    Attributes:
+      alpha: weight of the penalty, >= 0.
+
+    References:
+      Li et al., "Federated optimization in heterogeneous networks", algorithm 2,
+      MLSys 2020, arXiv:1812.06127.
+    """
+
+    name: ClassVar[str] = "fedprox"
+    alpha: float = hyperparameter(0.01, "[0, inf)")
+
+    def init(self, params: Any) -> FedProxState:
+        return FedProxState(jax.tree.map(jnp.zeros_like, params), jnp.array(True))
+
+    def begin_round(self, state: FedProxState, params: Any = None) -> FedProxState:
+        if params is None:
+            return state._replace(awaits=jnp.array(True))
+        return FedProxState(jax.tree.map(jnp.copy, params), jnp.array(False))
+
+    def update(
+        self, updates: Any, state: FedProxState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, FedProxState]:
+        weights = self.require(params)
+        reference = jax.tree.map(lambda w, ref: jnp.where(state.awaits, w, ref), weights, state.reference)
+        output = add_scaled(updates, self.alpha, jnp.subtract, weights, reference)
+        return output, FedProxState(reference, jnp.array(False))
+
+
+class LassoRegularizer(Regularizer):
+    """α·‖w‖₁ (Tibshirani 1996).
+
+        Step(grads, weights):
+            grads += alpha * sign(weights)
+
+    Attributes:
+      alpha: weight of the penalty, >= 0.
+
+    References:
+      Tibshirani, "Regression shrinkage and selection via the lasso", JRSS B, 1996.
+    """
+
+    name: ClassVar[str] = "lasso"
+    alpha: float = hyperparameter(0.01, "[0, inf)")
+
+    def init(self, params: Any) -> optax.EmptyState:
+        return optax.EmptyState()
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        return add_scaled(updates, self.alpha, jnp.sign, self.require(params)), state
+
+
+class RidgeRegularizer(Regularizer):
+    """α·‖w‖² (Hoerl & Kennard 1970).
+
+        Step(grads, weights):
+            grads += 2 * alpha * weights
+
+    Attributes:
+      alpha: weight of the penalty, >= 0.
+
+    References:
+      Hoerl and Kennard, "Ridge regression: biased estimation for nonorthogonal
+      problems", Technometrics 12, 1970.
+    """
+
+    name: ClassVar[str] = "ridge"
+    alpha: float = hyperparameter(0.01, "[0, inf)")
+
+    def init(self, params: Any) -> optax.EmptyState:
+        return optax.EmptyState()
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        return add_scaled(updates, self.alpha, lambda w: 2 * w, self.require(params)), state

@@ -1,0 +1,357 @@
+"""Schedulers of learning rates and weight decays.
+
+With u the index of the step, or of the round where `step_level` is false:
+
+    exponential-decay               base * rate ** u
+    inverse-scaling                 base / (u + 1) ** rate
+    linear-decay                    base * max(0, 1 - rate * u)
+    piecewise-decay                 base * rate ** floor(u / step_size)
+    polynomial-decay                base * (1 - min(1, u / limit)) ** power
+    cosine-annealing                base + (max_lr - base) * (1 + cos(pi * u / duration)) / 2
+    cosine-annealing-warm-restarts  the same over each period, max_lr scaled by t_mult each time
+    cyclic-triangular               base + (max_lr - base) * triangle(step)
+    cyclic-exp-range                the same, times decay ** step
+    warmup, warmup-rounds           a linear climb, then a constant or another scheduler
+"""
+
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from functional_optimodules.core.fields import hyperparameter
+from functional_optimodules.core.numerics import power
+from functional_optimodules.core.scheduler import Clock, Scheduler
+
+
+def _real(index: Any) -> jax.Array:
+    return jnp.asarray(index).astype(jnp.float32)
+
+
+def _ratio(index: Any, count: Any) -> jax.Array:
+    return _real(index) / _real(count)
+
+
+class ExponentialDecay(Scheduler):
+    """base·rateᵘ.
+
+    Attributes:
+      base: the first rate, >= 0.
+      rate: factor from one unit to the next, >= 0.
+      step_level: whether the unit is a step, rather than a round.
+    """
+
+    name: ClassVar[str] = "exponential-decay"
+    base: float = hyperparameter(within="[0, inf)")
+    rate: float = hyperparameter(within="[0, inf)")
+    step_level: bool = True
+
+    def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
+        return self.base * power(self.rate, step if self.step_level else round_)
+
+
+class InverseScaling(Scheduler):
+    """base / (u + 1)^rate.
+
+    Attributes:
+      base: the first rate, >= 0.
+      rate: power of the index.
+      step_level: whether the unit is a step, rather than a round.
+    """
+
+    name: ClassVar[str] = "inverse-scaling"
+    base: float = hyperparameter(within="[0, inf)")
+    rate: float = hyperparameter(within="(-inf, inf)")
+    step_level: bool = True
+
+    def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
+        index = step if self.step_level else round_
+        return self.base / (_real(index) + 1) ** self.rate
+
+
+class LinearDecay(Scheduler):
+    """base·max(0, 1 − rate·u).
+
+    Attributes:
+      base: the first rate, >= 0.
+      rate: share of `base` that is taken away at each unit, >= 0.
+      step_level: whether the unit is a step, rather than a round.
+    """
+
+    name: ClassVar[str] = "linear-decay"
+    base: float = hyperparameter(within="[0, inf)")
+    rate: float = hyperparameter(within="[0, inf)")
+    step_level: bool = True
+
+    def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
+        index = step if self.step_level else round_
+        return self.base * jnp.maximum(1 - self.rate * _real(index), 0)
+
+
+class PiecewiseDecay(Scheduler):
+    """base·rate^⌊u / step_size⌋.
+
+    Attributes:
+      base: the first rate, >= 0.
+      rate: factor from one piece to the next, >= 0.
+      step_size: units in a piece, >= 1.
+      step_level: whether the unit is a step, rather than a round.
+    """
+
+    name: ClassVar[str] = "piecewise-decay"
+    base: float = hyperparameter(within="[0, inf)")
+    rate: float = hyperparameter(within="[0, inf)")
+    step_size: int = hyperparameter(within="[1, inf)")
+    step_level: bool = True
+
+    def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
+        index = step if self.step_level else round_
+        return self.base * power(self.rate, index // self.step_size)
+
+
+class PolynomialDecay(Scheduler):
+    """base·(1 − min(1, u / limit))^power.
+
+    Attributes:
+      base: the first rate, >= 0.
+      power: order of the polynomial, >= 0.
+      limit: units after which the rate is 0, >= 1.
+      step_level: whether the unit is a step, rather than a round.
+    """
+
+    name: ClassVar[str] = "polynomial-decay"
+    base: float = hyperparameter(within="[0, inf)")
+    power: float = hyperparameter(within="[0, inf)")
+    limit: int = hyperparameter(within="[1, inf)")
+    step_level: bool = True
+
+    def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
+        index = step if self.step_level else round_
+        return self.base * (1 - jnp.minimum(_ratio(index, self.limit), 1)) ** self.power
+
+
+def _anneal(low: Any, high: Any, position: jax.Array) -> jax.Array:
+    return low + 0.5 * (high - low) * (1 + jnp.cos(position * jnp.pi))
+
+
+class CosineAnnealing(Scheduler):
+    """From max_lr down to base along half a cosine (Loshchilov & Hutter 2016).
+
+    Attributes:
+      base: the last rate, kept for ever after, >= 0.
+      max_lr: the first rate, >= 0.
+      duration: units from the first to the last, >= 1.
+      step_level: whether the unit is a step, rather than a round.
+
+    References:
+      Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm
+      restarts", equation 5, arXiv:1608.03983.
+    """
+
+    name: ClassVar[str] = "cosine-annealing"
+    base: float = hyperparameter(within="[0, inf)")
+    max_lr: float = hyperparameter(within="[0, inf)")
+    duration: int = hyperparameter(within="[1, inf)")
+    step_level: bool = True
+
+    def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
+        index = step if self.step_level else round_
+        return _anneal(self.base, self.max_lr, jnp.minimum(_ratio(index, self.duration), 1))
+
+
+class CosineAnnealingWarmRestarts(Scheduler):
+    """Cosine annealing that starts anew each period (Loshchilov & Hutter 2016).
+
+    Attributes:
+      base: the rate at the end of each period, >= 0.
+      max_lr: the rate at the start of the first period, >= 0.
+      period: units in a period, >= 1.
+      t_mult: factor of `max_lr` from one period to the next, >= 0.
+      step_level: whether the unit is a step, rather than a round.
+
+    References:
+      Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm
+      restarts", section 3, arXiv:1608.03983.
+    """
+
+    name: ClassVar[str] = "cosine-annealing-warm-restarts"
+    base: float = hyperparameter(within="[0, inf)")
+    max_lr: float = hyperparameter(within="[0, inf)")
+    period: int = hyperparameter(within="[1, inf)")
+    t_mult: float = hyperparameter(1.0, "[0, inf)")
+    step_level: bool = True
+
+    def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
+        cycle, position = jnp.divmod(step if self.step_level else round_, self.period)
+        return _anneal(self.base, self.max_lr * power(self.t_mult, cycle), _ratio(position, self.period))
+
+
+def _triangle(step: jax.Array, stepsize: Any) -> jax.Array:
+    return 1 - jnp.abs(_ratio(step % (2 * stepsize), stepsize) - 1)
+
+
+class CyclicTriangular(Scheduler):
+    """Up from base to max_lr and down again, over and over (Smith 2015).
+
+    Attributes:
+      base: the lowest rate, >= 0.
+      max_lr: the highest rate, >= 0.
+      stepsize: steps from one to the other, >= 1.
+      decay: whether the range is halved at the end of each cycle ("triangular2").
+
+    References:
+      Smith, "Cyclical learning rates for training neural networks", arXiv:1506.01186.
+    """
+
+    name: ClassVar[str] = "cyclic-triangular"
+    base: float = hyperparameter(within="[0, inf)")
+    max_lr: float = hyperparameter(within="[0, inf)")
+    stepsize: int = hyperparameter(within="[1, inf)")
+    decay: bool = False
+
+    def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
+        scale = _triangle(step, self.stepsize)
+        if self.decay:
+            scale = scale * power(0.5, step // (2 * self.stepsize))
+        return self.base + scale * (self.max_lr - self.base)
+
+
+class CyclicExpRange(Scheduler):
+    """The triangular cycle, times decayˢᵗᵉᵖ (Smith 2015).
+
+    Attributes:
+      base: the lowest rate of the first cycle, >= 0.
+      max_lr: the highest rate of the first cycle, >= 0.
+      stepsize: steps from one to the other, >= 1.
+      decay: factor of both from one step to the next, >= 0.
+
+    References:
+      Smith, "Cyclical learning rates for training neural networks", arXiv:1506.01186.
+    """
+
+    name: ClassVar[str] = "cyclic-exp-range"
+    base: float = hyperparameter(within="[0, inf)")
+    max_lr: float = hyperparameter(within="[0, inf)")
+    stepsize: int = hyperparameter(within="[1, inf)")
+    decay: float = hyperparameter(within="[0, inf)")
+
+    def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
+        value = self.base + _triangle(step, self.stepsize) * (self.max_lr - self.base)
+        return value * power(self.decay, step)
+
+
+class WarmupClock(NamedTuple):
+    """The time of a warm-up.
+
+    Attributes:
+      steps: int32 scalar, how many steps have been taken.
+      rounds: int32 scalar, how many rounds have begun.
+      inner: the clock of the wrapped scheduler, which runs once the climb is over.
+    """
+
+    steps: jax.Array
+    rounds: jax.Array
+    inner: Any
+
+
+class _Warmup(Scheduler, register=False):
+    """What the two warm-ups share: all but when the climb is over."""
+
+    base: float | Scheduler = hyperparameter(within="[0, inf)")
+    warmup: int = hyperparameter(within="[0, inf)")
+
+    def _unit(self, clock: WarmupClock) -> jax.Array:
+        """Return the index of the current unit of the climb."""
+        raise NotImplementedError
+
+    @property
+    def _wrapped(self) -> Scheduler:
+        return as_scheduler(self.base)
+
+    def init(self) -> WarmupClock:
+        return WarmupClock(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), self._wrapped.init())
+
+    def value(self, clock: WarmupClock) -> jax.Array:
+        first = self._wrapped.value(self._wrapped.init())
+        climb = first * _ratio(self._unit(clock) + 1, jnp.maximum(self.warmup, 1))
+        return jnp.where(self._unit(clock) < self.warmup, climb, self._wrapped.value(clock.inner))
+
+    def advance(self, clock: WarmupClock) -> WarmupClock:
+        moved = self._wrapped.advance(clock.inner)
+        inner = _choose(self._unit(clock) < self.warmup, clock.inner, moved)
+        return clock._replace(steps=clock.steps + 1, inner=inner)
+
+
+def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+class Warmup(_Warmup):
+    """A linear climb over steps, then a constant or another scheduler.
+
+    It climbs to the wrapped scheduler's first value. Rounds that begin during the
+    climb are not counted by the wrapped scheduler, whose round 0 is the one in
+    which the climb ends.
+
+    Attributes:
+      base: the rate to climb to, >= 0, or the scheduler to follow then.
+      warmup: steps of the climb, >= 0.
+    """
+
+    name: ClassVar[str] = "warmup"
+
+    def _unit(self, clock: WarmupClock) -> jax.Array:
+        return clock.steps
+
+    def begin_round(self, clock: WarmupClock) -> WarmupClock:
+        start = _choose(clock.steps < self.warmup, self._wrapped.init(), clock.inner)
+        return clock._replace(rounds=clock.rounds + 1, inner=self._wrapped.begin_round(start))
+
+
+class WarmupRounds(_Warmup):
+    """A linear climb over rounds, then a constant or another scheduler.
+
+    It climbs to the wrapped scheduler's first value, whose steps and rounds are
+    counted from the end of the climb.
+
+    Attributes:
+      base: the rate to climb to, >= 0, or the scheduler to follow then.
+      warmup: rounds of the climb, >= 0.
+    """
+
+    name: ClassVar[str] = "warmup-rounds"
+
+    def _unit(self, clock: WarmupClock) -> jax.Array:
+        return Clock(clock.steps, clock.rounds).round_
+
+    def begin_round(self, clock: WarmupClock) -> WarmupClock:
+        begun = self._wrapped.begin_round(clock.inner)
+        inner = _choose(clock.rounds < self.warmup, clock.inner, begun)
+        return clock._replace(rounds=clock.rounds + 1, inner=inner)
+
+
+class Constant(Scheduler, register=False):
+    """The same rate for ever: what a number stands for."""
+
+    name: ClassVar[str] = "constant"
+    base: float = hyperparameter(within="[0, inf)")
+
+    def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
+        return jnp.asarray(self.base, jnp.float32)
+
+
+class StepFunction(Scheduler, register=False):
+    """A function of the step, such as an optax schedule: it cannot be written in a configuration."""
+
+    name: ClassVar[str] = "step-function"
+    function: Any
+
+    def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
+        return self.function(step)
+
+
+def as_scheduler(rate: Any) -> Scheduler:
+    """Return the scheduler that a number, a scheduler or a function of the step stands for."""
+    if isinstance(rate, Scheduler):
+        return rate
+    return StepFunction(rate) if callable(rate) else Constant(rate)
