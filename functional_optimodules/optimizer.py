@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from functional_optimodules.core.brick import Brick, OptiModule
 from functional_optimodules.core.fields import hyperparameter
@@ -62,7 +61,7 @@ class Optimizer(Brick, register=False):
 
     name: ClassVar[str] = "optimizer"
     lrate: float | Scheduler | Callable[[jax.Array], jax.Array] = hyperparameter(within="[0, inf)")
-    w_decay: float | Scheduler | Callable[[jax.Array], jax.Array] = hyperparameter(0.0, "[0, inf)")
+    w_decay: float | Scheduler | Callable[[jax.Array], jax.Array] = hyperparameter(default=0.0, within="[0, inf)")
     regularizers: tuple[Regularizer, ...] = ()
     modules: tuple[OptiModule, ...] = ()
 

@@ -59,7 +59,7 @@ class FedProxRegularizer(Regularizer):
     """
 
     name: ClassVar[str] = "fedprox"
-    alpha: float = hyperparameter(0.01, "[0, inf)")
+    alpha: float = hyperparameter(default=0.01, within="[0, inf)")
 
     def init(self, params: Any) -> FedProxState:
         return FedProxState(jax.tree.map(jnp.zeros_like, params), jnp.array(True))
@@ -92,7 +92,7 @@ class LassoRegularizer(Regularizer):
     """
 
     name: ClassVar[str] = "lasso"
-    alpha: float = hyperparameter(0.01, "[0, inf)")
+    alpha: float = hyperparameter(default=0.01, within="[0, inf)")
 
     def init(self, params: Any) -> optax.EmptyState:
         return optax.EmptyState()
@@ -116,7 +116,7 @@ class RidgeRegularizer(Regularizer):
     """
 
     name: ClassVar[str] = "ridge"
-    alpha: float = hyperparameter(0.01, "[0, inf)")
+    alpha: float = hyperparameter(default=0.01, within="[0, inf)")
 
     def init(self, params: Any) -> optax.EmptyState:
         return optax.EmptyState()

@@ -178,7 +178,7 @@ class CosineAnnealingWarmRestarts(Scheduler):
     base: float = hyperparameter(within="[0, inf)")
     max_lr: float = hyperparameter(within="[0, inf)")
     period: int = hyperparameter(within="[1, inf)")
-    t_mult: float = hyperparameter(1.0, "[0, inf)")
+    t_mult: float = hyperparameter(default=1.0, within="[0, inf)")
     step_level: bool = True
 
     def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:

@@ -1,0 +1,1 @@
+"""The contracts: plug-ins, bricks, schedulers, their facade, and their JSON forms."""

@@ -94,7 +94,8 @@ class Compiled:
         """
         if self.starts_from_values(specs):
             raise ValueError(
-                f"the state of {type(self.brick).__name__} starts from the parameters' values: call `setup(params)` first"
+                f"the state of {type(self.brick).__name__} starts from the parameters' values: "
+                "call `setup(params)` first"
             )
         return self.init(specs.tree({path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in specs.by_path.items()}))
 
@@ -108,6 +109,6 @@ def require_same_state(brick: Any, method: str, old: Any, new: Any) -> None:
         was, now = before[path], jax.eval_shape(jnp.asarray, after[path])
         if was.shape != now.shape or was.dtype != now.dtype:
             raise TypeError(f"{who} changed the state at {at(path)} from {show(was)} to {show(now)}")
-    if jax.tree.structure(old) != jax.tree.structure(new):
+    if not bool(jax.tree.structure(old) == jax.tree.structure(new)):
         paths = sorted(at(path) for path in before.keys() ^ after.keys())
         raise TypeError(f"{who} changed the structure of the state" + f", at {', '.join(paths)}" * bool(paths))

@@ -27,7 +27,7 @@ _OWN_GENERATORS = {"chacha20": CHACHA20}
 
 def is_key(leaf: Any) -> bool:
     """Whether an array, or its spec, is of typed PRNG keys."""
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def encode_array(array: Any) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _decode_keys(name: str, shape: tuple[int, ...], data: Any, what: str) -> jax
 
 def encode_tree(tree: Any, specs: Specs) -> dict[str, Any]:
     """Write a tree that has the parameters' container as `{path: array}`."""
-    return dict(sorted(zip(specs.paths, map(encode_array, specs.treedef.flatten_up_to(tree)), strict=True)))
+    return dict(sorted(zip(specs.paths, map(encode_array, specs.leaves_of(tree)), strict=True)))
 
 
 def decode_tree(payload: Any, specs: Specs, read: Callable[[str, Any, str], Any], what: str) -> Any:
@@ -190,7 +190,7 @@ class Layout:
     def rehang(self, state: Any, old: Specs, new: Specs) -> Any:
         """Move a state from one container of the same parameters to another."""
         move: Callable[[Any], Any] = lambda tree: new.tree(  # noqa: E731
-            dict(zip(old.paths, old.treedef.flatten_up_to(tree), strict=True))
+            dict(zip(old.paths, old.leaves_of(tree), strict=True))
         )
         return jax.tree.unflatten(
             self.treedef, [move(value) if is_path_tree(part) else value for _, part, value in self.split(state)]

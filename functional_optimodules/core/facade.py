@@ -12,7 +12,6 @@ from typing import Any
 from functional_optimodules.core.plugin import Plugin
 from functional_optimodules.core.session import Session
 
-
 FACADE = frozenset({"setup", "run", "on_round_start", "get_state", "set_state", "state", "reset"})
 AUX_FACADE = frozenset({"collect_aux_var", "retract_aux_var", "process_aux_var"})
 CONFIG = frozenset({"get_config", "from_config", "from_specs", "bare"})

@@ -51,7 +51,7 @@ class Interval:
         return above and below
 
 
-def hyperparameter(default: Any = _MISSING, within: str | None = None) -> Any:
+def hyperparameter(*, default: Any = _MISSING, within: str | None = None) -> Any:
     """Declare a field of a plug-in, with its range.
 
     Args:
@@ -163,7 +163,7 @@ def coerce(value: Any, annotation: Any) -> Any:
 
 
 def _coerce_union(value: Any, members: tuple[Any, ...]) -> Any:
-    reasons = []
+    reasons: list[Any] = []
     for member in members:
         try:
             return coerce(value, member)
@@ -179,9 +179,9 @@ def _coerce_number(value: Any, kind: type) -> Any:
         value = value.item()
     if kind is float and isinstance(value, str) and value in ("inf", "-inf", "nan"):
         return float(value)
-    if isinstance(value, bool) == (kind is bool) and isinstance(value, numbers.Real):
-        if kind is not int or isinstance(value, numbers.Integral):
-            return kind(value)
+    accepted = numbers.Integral if kind is int else numbers.Real
+    if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
+        return kind(value)
     raise Mismatch
 
 

@@ -118,6 +118,12 @@ class Specs:
         """Put leaves keyed by path into the container."""
         return jax.tree.unflatten(self.treedef, [by_path[path] for path in self.paths])
 
+    def leaves_of(self, tree: Any) -> list[Any]:
+        """Return the leaves of a tree in this container, in the order of `paths`."""
+        treedef: Any = self.treedef
+        leaves: list[Any] = treedef.flatten_up_to(tree)
+        return leaves
+
     def to_json(self) -> dict[str, Any]:
         """Write the specs as `{path: {"dtype": ..., "shape": [...]}}`."""
         return {

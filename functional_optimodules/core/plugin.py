@@ -66,7 +66,7 @@ class Plugin(abc.ABC):
             object.__setattr__(self, field.name, value)
         self.validate()
 
-    def validate(self) -> None:
+    def validate(self) -> None:  # noqa: B027
         """Check what concerns several fields at once; nothing by default.
 
         Raises:

@@ -82,8 +82,10 @@ class Session:
         return self._donate(function, params, params, gradients, extra_args)
 
     def _donate(self, function: Any, like: Any, *args: Any) -> Any:
-        hung = self.specs is not None and self.specs.hung
-        state, specs = (self.state, self.specs) if hung else self._on(like)
+        if self.specs is not None and self.specs.hung:
+            state, specs = self.state, self.specs
+        else:
+            state, specs = self._on(like)
         state = self._committed(state)
         try:
             output, new = function(specs, state, *args)
@@ -208,11 +210,13 @@ class Session:
 
     def save(self) -> dict[str, Any]:
         """Return everything that is remembered as JSON values."""
-        layout = None if self.specs is None else self.compiled.layout(self.specs.flat())
+        specs, variables = self.specs, None
+        if specs is not None:
+            variables = self.compiled.layout(specs.flat()).encode(self.state, specs)
         return {
             "name": self.brick.state_name(),
-            "params": None if self.specs is None else self.specs.to_json(),
-            "variables": None if layout is None else layout.encode(self.state, self.specs),
+            "params": None if specs is None else specs.to_json(),
+            "variables": variables,
             "rounds_begun": self.rounds_begun,
             "message_out": self.message_out,
             "clients": list(self.clients),

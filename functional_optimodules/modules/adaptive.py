@@ -62,7 +62,7 @@ class AdaGradModule(OptiModule):
     """
 
     name: ClassVar[str] = "adagrad"
-    eps: float = hyperparameter(1e-7, "(0, inf)")
+    eps: float = hyperparameter(default=1e-7, within="(0, inf)")
     round_reset: bool = False
 
     def init(self, params: Any) -> AdaGradState:
@@ -104,8 +104,8 @@ class RMSPropModule(OptiModule):
     """
 
     name: ClassVar[str] = "rmsprop"
-    beta: float = hyperparameter(0.9, "[0, 1)")
-    eps: float = hyperparameter(1e-7, "(0, inf)")
+    beta: float = hyperparameter(default=0.9, within="[0, 1)")
+    eps: float = hyperparameter(default=1e-7, within="(0, inf)")
     round_reset: bool = False
 
     def init(self, params: Any) -> RMSPropState:
@@ -184,10 +184,10 @@ class AdamModule(OptiModule):
     """
 
     name: ClassVar[str] = "adam"
-    beta_1: float = hyperparameter(0.9, "[0, 1)")
-    beta_2: float = hyperparameter(0.99, "[0, 1)")
+    beta_1: float = hyperparameter(default=0.9, within="[0, 1)")
+    beta_2: float = hyperparameter(default=0.99, within="[0, 1)")
     amsgrad: bool = False
-    eps: float = hyperparameter(1e-7, "(0, inf)")
+    eps: float = hyperparameter(default=1e-7, within="(0, inf)")
     round_reset: bool = False
 
     def init(self, params: Any) -> AdamState:
@@ -224,10 +224,10 @@ class YogiModule(OptiModule):
     """
 
     name: ClassVar[str] = "yogi"
-    beta_1: float = hyperparameter(0.9, "[0, 1)")
-    beta_2: float = hyperparameter(0.99, "[0, 1)")
+    beta_1: float = hyperparameter(default=0.9, within="[0, 1)")
+    beta_2: float = hyperparameter(default=0.99, within="[0, 1)")
     amsgrad: bool = False
-    eps: float = hyperparameter(1e-7, "(0, inf)")
+    eps: float = hyperparameter(default=1e-7, within="(0, inf)")
     round_reset: bool = False
 
     def init(self, params: Any) -> AdamState:

@@ -49,7 +49,7 @@ class L2Clipping(OptiModule):
     """
 
     name: ClassVar[str] = "l2-clipping"
-    max_norm: float = hyperparameter(1.0, "[0, inf]")
+    max_norm: float = hyperparameter(default=1.0, within="[0, inf]")
 
     def init(self, params: Any) -> optax.EmptyState:
         return optax.EmptyState()
@@ -77,7 +77,7 @@ class L2GlobalClipping(OptiModule):
     """
 
     name: ClassVar[str] = "l2-global-clipping"
-    max_norm: float = hyperparameter(1.0, "[0, inf]")
+    max_norm: float = hyperparameter(default=1.0, within="[0, inf]")
 
     def init(self, params: Any) -> optax.EmptyState:
         return optax.EmptyState()

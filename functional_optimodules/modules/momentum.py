@@ -59,7 +59,7 @@ class MomentumModule(OptiModule):
     """
 
     name: ClassVar[str] = "momentum"
-    beta: float = hyperparameter(0.9, "[0, 1)")
+    beta: float = hyperparameter(default=0.9, within="[0, 1)")
     nesterov: bool = False
     round_reset: bool = False
 
@@ -101,7 +101,7 @@ class EWMAModule(OptiModule):
     """
 
     name: ClassVar[str] = "ewma"
-    beta: float = hyperparameter(0.9, "[0, 1)")
+    beta: float = hyperparameter(default=0.9, within="[0, 1)")
     round_reset: bool = False
 
     def init(self, params: Any) -> EWMAState:
@@ -132,7 +132,7 @@ class YogiMomentumModule(OptiModule):
     """
 
     name: ClassVar[str] = "yogi-momentum"
-    beta: float = hyperparameter(0.9, "[0, 1)")
+    beta: float = hyperparameter(default=0.9, within="[0, 1)")
     round_reset: bool = False
 
     def init(self, params: Any) -> EWMAState:

@@ -64,9 +64,9 @@ class GaussianNoiseModule(OptiModule):
     """
 
     name: ClassVar[str] = "gaussian-noise"
-    std: float = hyperparameter(1.0, "[0, inf)")
+    std: float = hyperparameter(default=1.0, within="[0, inf)")
     safe_mode: bool = True
-    seed: int | None = hyperparameter(None, "[0, 4294967295]")
+    seed: int | None = hyperparameter(default=None, within="[0, 4294967295]")
 
     def init(self, params: Any) -> NoiseState:
         impl = CHACHA20 if self.safe_mode else None

@@ -63,7 +63,7 @@ class OptaxModule(OptiModule):
         {"transform": "sgd", "config": {"momentum": 0.5}},
     )
     transform: str
-    config: Mapping[str, Any] = hyperparameter(FrozenConfig({}))
+    config: Mapping[str, Any] = hyperparameter(default=FrozenConfig({}))
 
     def validate(self) -> None:
         """Build the transformation once.
