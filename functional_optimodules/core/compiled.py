@@ -109,6 +109,7 @@ def require_same_state(brick: Any, method: str, old: Any, new: Any) -> None:
         was, now = before[path], jax.eval_shape(jnp.asarray, after[path])
         if was.shape != now.shape or was.dtype != now.dtype:
             raise TypeError(f"{who} changed the state at {at(path)} from {show(was)} to {show(now)}")
-    if not bool(jax.tree.structure(old) == jax.tree.structure(new)):
+    structures: list[Any] = [jax.tree.structure(state) for state in (old, new)]
+    if structures[0] != structures[1]:
         paths = sorted(at(path) for path in before.keys() ^ after.keys())
         raise TypeError(f"{who} changed the structure of the state" + f", at {', '.join(paths)}" * bool(paths))

@@ -147,6 +147,7 @@ class Layout:
     """
 
     def __init__(self, skeleton: Any) -> None:
+        self.treedef: Any
         parts, self.treedef = jax.tree_util.tree_flatten_with_path(skeleton, is_leaf=is_path_tree)
         self.parts = {keystr(path): part for path, part in parts}
 
