@@ -10,14 +10,20 @@ import jax.numpy as jnp
 def wide(array: Any) -> jax.Array:
     """Return an array in at least float32, the dtype that norms and moments accumulate in."""
     array = jnp.asarray(array)
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(_wide_dtype(array.dtype))
+
+
+def _wide_dtype(dtype: Any) -> Any:
+    # Meant, and so allowed where the user has made implicit promotion an error.
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(dtype, jnp.float32)
 
 
 def zeros_wide(params: Any, real: bool = False) -> Any:
     """Return zeros shaped like the parameters, in at least float32; real ones on request."""
 
     def zeros(param: Any) -> jax.Array:
-        dtype = jnp.promote_types(jnp.result_type(param), jnp.float32)
+        dtype = _wide_dtype(jnp.result_type(param))
         return jnp.zeros(jnp.shape(param), jnp.finfo(dtype).dtype if real else dtype)
 
     return jax.tree.map(zeros, params)
