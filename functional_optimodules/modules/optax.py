@@ -18,7 +18,7 @@ import optax
 
 from functional_optimodules.core.brick import OptiModule
 from functional_optimodules.core.fields import FrozenConfig, hyperparameter, nearest
-from functional_optimodules.core.numerics import cast_like
+from functional_optimodules.core.numerics import cast_like, wide
 
 # Factories that apply minus a rate of another name than `learning_rate`.
 _OTHER_DESCENTS = frozenset({"polyak_sgd"})
@@ -45,7 +45,8 @@ class OptaxModule(OptiModule):
 
     A factory with a `learning_rate` gives updates that point downhill: it gets a
     rate of 1 unless told otherwise, and the brick turns the sign, so that every
-    brick points uphill and the `Optimizer` alone applies the rate.
+    brick points uphill and the `Optimizer` alone applies the rate. Optax is given
+    at least float32, so that its norms and moments accumulate in no less.
 
     Attributes:
       transform: the factory's name in optax, such as `"lion"`, `"scale_by_adam"`
@@ -75,11 +76,15 @@ class OptaxModule(OptiModule):
         _build(self.transform, self.config)
 
     def init(self, params: Any) -> OptaxState:
-        return OptaxState(jax.tree.map(jnp.array, _build(self.transform, self.config)[0].init(params)))
+        with jax.numpy_dtype_promotion("standard"):  # many of optax's own lines need it
+            inner = _build(self.transform, self.config)[0].init(jax.tree.map(wide, params))
+        return OptaxState(jax.tree.map(jnp.array, inner))
 
     def update(self, updates: Any, state: OptaxState, params: Any = None, **extra_args: Any) -> tuple[Any, OptaxState]:
         transform, sign = _build(self.transform, self.config)
-        output, inner = transform.update(updates, state.inner, params, **extra_args)
+        exact = jax.tree.map(wide, (updates, params))
+        with jax.numpy_dtype_promotion("standard"):
+            output, inner = transform.update(exact[0], state.inner, exact[1], **extra_args)
         output = cast_like(output, updates)
         return (output if sign == 1 else jax.tree.map(jnp.negative, output)), OptaxState(inner)
 
