@@ -181,7 +181,10 @@ def _coerce_number(value: Any, kind: type) -> Any:
         return float(value)
     accepted = numbers.Integral if kind is int else numbers.Real
     if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
-        return kind(value)
+        try:
+            return kind(value)
+        except OverflowError as error:
+            raise Mismatch(str(error)) from None
     raise Mismatch
 
 

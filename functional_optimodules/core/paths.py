@@ -184,10 +184,15 @@ def specs_from_json(payload: Any, what: str) -> Specs:
     return Specs.of(leaves)
 
 
+_MOST_AXES = 64
+
+
 def read_shape(shape: Any, what: str) -> tuple[int, ...]:
     """Check a shape read from JSON."""
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"{what}: shape {shape!r} should be a list of non-negative integers")
+    if len(shape) > _MOST_AXES:
+        raise ValueError(f"{what}: a shape of {len(shape)} axes, where NumPy has at most {_MOST_AXES}")
     if math.prod(max(size, 1) for size in shape) > 2**40:
         raise ValueError(f"{what}: shape {shape!r} is larger than any array that could be meant")
     return tuple(shape)
@@ -196,10 +201,11 @@ def read_shape(shape: Any, what: str) -> tuple[int, ...]:
 def read_dtype(name: Any, what: str) -> Any:
     """Check the name of a dtype read from JSON."""
     try:
-        dtype = jnp.dtype(name) if isinstance(name, str) else None
+        # NumPy would parse any other string as a description of records.
+        dtype = jnp.dtype(name) if isinstance(name, str) and name in vars(jnp) else None
     except TypeError:
         dtype = None
-    if dtype is None or dtype.name != name or not hasattr(jnp, name):
+    if dtype is None or dtype.name != name:
         raise ValueError(f"{what}: {name!r} is no dtype that JAX has")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(f"{what}: {name} needs JAX's 64-bit mode: set jax_enable_x64")

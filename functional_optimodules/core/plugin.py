@@ -120,7 +120,10 @@ class Plugin(abc.ABC):
 
         Raises:
           KeyError: if no plug-in of this kind has that name, or as `from_config` does.
+          TypeError: if the name is no string, or as `from_config` does.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"a {cls._kind} is named by a string, not {name!r}")
         if name not in cls._registry:
             raise KeyError(f"no {cls._kind} is named {name!r}: {nearest(name, cls._registry)}")
         plugin = cls._registry[name]
