@@ -20,8 +20,10 @@ from functional_optimodules.core.brick import OptiModule
 from functional_optimodules.core.fields import FrozenConfig, hyperparameter, nearest
 from functional_optimodules.core.numerics import cast_like, wide
 
-# Factories that apply minus a rate of another name than `learning_rate`.
-_OTHER_DESCENTS = frozenset({"polyak_sgd"})
+# The sign of what a factory makes follows from whether it takes a `learning_rate`, but for these:
+# the first name theirs otherwise or take none, the last calls its first step size so.
+_DOWNHILL = frozenset({"polyak_sgd", "contrib.scale_by_cocob"})
+_UPHILL = frozenset({"scale_by_rprop"})
 
 
 class OptaxState(NamedTuple):
@@ -41,7 +43,7 @@ class OptaxModule(OptiModule):
             inner = optax.<transform>(**config).init(params)
         Step(grads):
             grads, inner = optax.<transform>(**config).update(grads, inner, params)
-            grads = -grads if the factory takes a learning rate
+            grads = -grads if they point downhill
 
     A factory with a `learning_rate` gives updates that point downhill: it gets a
     rate of 1 unless told otherwise, and the brick turns the sign, so that every
@@ -93,14 +95,17 @@ class OptaxModule(OptiModule):
 def _build(name: str, config: Any) -> tuple[optax.GradientTransformationExtraArgs, int]:
     factory = _find(name)
     arguments = dict(config)
-    parameters = inspect.signature(factory).parameters
+    signature = inspect.signature(factory)
+    parameters, made = signature.parameters, signature.return_annotation
+    if made is not inspect.Signature.empty and "GradientTransformation" not in str(made):
+        raise ValueError(f"OptaxModule: optax.{name} makes no gradient transformation: it returns {made}")
     for key in arguments:
         if key not in parameters:
             raise ValueError(f"OptaxModule: optax.{name} takes no argument {key!r}: {nearest(key, parameters)}")
-    descends = name in _OTHER_DESCENTS
+    descends = name in _DOWNHILL
     if "learning_rate" in parameters:
         arguments.setdefault("learning_rate", 1.0)
-        descends = arguments.get("flip_sign", True)
+        descends = name not in _UPHILL and arguments.get("flip_sign", True)
     try:
         transform = factory(**arguments)
     except Exception as error:
@@ -117,6 +122,6 @@ def _find(name: str) -> Any:
             known = [each for each in dir(place) if not each.startswith("_")]
             raise ValueError(f"OptaxModule: optax has no public {name!r}: {nearest(part, known)}")
         place = getattr(place, part)
-    if not callable(place) or isinstance(place, type):
+    if not inspect.isfunction(place):
         raise ValueError(f"OptaxModule: optax.{name} makes no gradient transformation: it is {place!r}")
     return place
