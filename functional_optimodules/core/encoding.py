@@ -98,8 +98,18 @@ def _decode_keys(name: str, shape: tuple[int, ...], data: Any, what: str) -> jax
 
 
 def encode_tree(tree: Any, specs: Specs) -> dict[str, Any]:
-    """Write a tree that has the parameters' container as `{path: array}`."""
-    return dict(sorted(zip(specs.paths, map(encode_array, specs.leaves_of(tree)), strict=True)))
+    """Write a tree that has the parameters' container as `{path: array}`.
+
+    What stands for a parameter may be several arrays, or none: those of optax's
+    `sm3`, or of masked parameters. It is then a mapping itself.
+    """
+    return dict(sorted(zip(specs.paths, map(_encode_node, specs.leaves_of(tree)), strict=True)))
+
+
+def _encode_node(node: Any) -> dict[str, Any]:
+    if jax.tree_util.all_leaves([node]):
+        return encode_array(node)
+    return {keystr(path): encode_array(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(node)[0]}
 
 
 def decode_tree(payload: Any, specs: Specs, read: Callable[[str, Any, str], Any], what: str) -> Any:
@@ -120,6 +130,17 @@ def decode_tree(payload: Any, specs: Specs, read: Callable[[str, Any, str], Any]
         fault = "lacks the leaf" if path in specs.paths else "has an unknown leaf"
         raise ValueError(f"{what} {fault} {path!r}")
     return specs.tree({path: read(path, payload[path], f"{what} at {path!r}") for path in specs.paths})
+
+
+def _decode_node(payload: Any, like: Any, what: str) -> Any:
+    if jax.tree_util.all_leaves([like]):
+        return decode_like(payload, like, what)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
+    names = [keystr(path) for path, _ in leaves]
+    if not isinstance(payload, Mapping) or set(payload) != set(names):
+        raise ValueError(f"{what} should hold the arrays {names}")
+    arrays = [decode_like(payload[name], leaf, f"{what}/{name}") for name, (_, leaf) in zip(names, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, arrays)
 
 
 def decode_like(payload: Any, like: Any, what: str) -> jax.Array:
@@ -185,7 +206,7 @@ class Layout:
     def _decode(self, payload: Mapping[str, Any], specs: Specs, name: str, owner: str) -> Any:
         part, what = self.parts[name], f"{owner}: variable {name!r}"
         if is_path_tree(part):
-            return decode_tree(payload[name], specs, lambda path, array, at: decode_like(array, part[path], at), what)
+            return decode_tree(payload[name], specs, lambda path, array, at: _decode_node(array, part[path], at), what)
         return decode_like(payload[name], part, what)
 
     def rehang(self, state: Any, old: Specs, new: Specs) -> Any:
