@@ -16,6 +16,8 @@ from functional_optimodules.core.fields import nearest
 from functional_optimodules.core.messages import decode_message, encode_message, message_specs
 from functional_optimodules.core.paths import Specs, specs_from_json
 
+# Rounds begun before the first step are replayed at it: a number read from a file must not hang it.
+_MOST_ROUNDS = 10**6
 _STATE_KEYS = ("name", "params", "variables", "rounds_begun", "message_out", "clients")
 
 
@@ -41,19 +43,23 @@ class Session:
         self.clients: tuple[str, ...] = ()
 
     def _assign(self, state: Any, specs: Specs) -> None:
+        if _traced(state):
+            raise self._under_trace()
         self.state, self.specs = state, specs
         self.rounds_begun, self.message_out = 0, False
 
     def _committed(self, state: Any) -> Any:
         return self.compiled.commit(state) if self.message_out else state
 
-    def _on(self, params: Any, identity: int | None = None) -> tuple[Any, Specs]:
-        """Return the state over the container of the parameters, made if there is none."""
-        if _traced(params):
+    def _on(self, like: Any, params: Any, identity: int | None = None) -> tuple[Any, Specs]:
+        """Return the state over a container like the parameters', made if there is none."""
+        if _traced(like):
             raise self._under_trace()
-        specs = Specs.of(params)
+        specs = Specs.of(like)
         if self.specs is None:
-            state = self.compiled.init(params, identity)
+            if params is None and self.compiled.starts_from_values(specs):
+                raise ValueError(f"{self.owner}: the state starts from the parameters' values: pass `params`")
+            state = self.compiled.init(like, identity)
             for _ in range(self.rounds_begun):
                 state = self.compiled.begin_round(state, params)
             return state, specs
@@ -66,37 +72,39 @@ class Session:
         """Make the state, or hang the one that there is on the parameters."""
         if self.specs is not None and identity is not None:
             raise RuntimeError(f"{self.owner} has a state already: an identity is folded in when it is made")
-        state, specs = self._on(params, identity)
-        if _traced(state):
-            raise self._under_trace()
-        self.state, self.specs, self.rounds_begun = state, specs, 0
+        out = self.message_out
+        self._assign(*self._on(params, params, identity))
+        self.message_out = out
 
     def step(self, gradients: Any, params: Any, extra_args: dict[str, Any]) -> Any:
         """Run `update` and keep its state."""
         like = params if params is not None else gradients
-        return self._donate(self.compiled.step, like, gradients, params, extra_args)
+        return self._donate(self.compiled.step, like, params, gradients, params, extra_args)
 
     def apply(self, params: Any, gradients: Any, extra_args: dict[str, Any], donate: bool) -> Any:
         """Run `update`, keep its state, and return the new parameters."""
         function = self.compiled.apply_donated if donate else self.compiled.apply
-        return self._donate(function, params, params, gradients, extra_args)
+        return self._donate(function, params, params, params, gradients, extra_args)
 
-    def _donate(self, function: Any, like: Any, *args: Any) -> Any:
+    def _donate(self, function: Any, like: Any, params: Any, *args: Any) -> Any:
         if self.specs is not None and self.specs.hung:
             state, specs = self.state, self.specs
         else:
-            state, specs = self._on(like)
+            state, specs = self._on(like, params)
         state = self._committed(state)
         try:
             output, new = function(specs, state, *args)
         except Exception as error:
+            if _traced(state):
+                raise self._under_trace() from error
             if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
                 raise RuntimeError(
                     f"{self.owner}: the device failed in the middle of a step, and the state given to it is lost: "
                     "restore a saved one after `reset()`"
                 ) from error
             raise
-        if _traced((output, new)):
+        # Under a trace every output is traced: one leaf tells, at no cost per leaf.
+        if _traced((jax.tree.leaves(output) or jax.tree.leaves(new))[:1]):
             raise self._under_trace()
         self._assign(new, specs)
         return output
@@ -120,6 +128,8 @@ class Session:
             return {}
         specs = self.specs
         auxes = self.compiled.collect(self.state)
+        if _traced(auxes):
+            raise self._under_trace()
         messages = {name: self._encode(aux, name, specs) for name, aux in auxes.items()}
         self.message_out = self.message_out or bool(messages)
         return messages
@@ -141,6 +151,11 @@ class Session:
     def process(self, messages: Mapping[str, Any]) -> None:
         """Take messages by `aux_name`."""
         channels = self.brick.channels()
+        if not isinstance(messages, Mapping):
+            raise TypeError(
+                f"{self.owner}: auxiliary variables are a mapping by name, as `collect_aux_var` gives, "
+                f"not {type(messages).__name__}"
+            )
         for name in messages:
             if name not in channels:
                 raise KeyError(
@@ -152,18 +167,21 @@ class Session:
         received = [specs for each in envelopes.values() for _, _, specs, _ in each]
         for specs, (what, *_) in zip(received, (each for many in envelopes.values() for each in many), strict=True):
             (self.specs or received[0]).require_same(specs, what)
-        if self.specs is not None:
-            state, specs = self._committed(self.state), self.specs
-        else:
-            state, specs = self.compiled.init_from_specs(received[0]), received[0]
-            for _ in range(self.rounds_begun):
-                state = self.compiled.begin_round(state)
+        specs = self.specs or received[0]
         clients = self.clients
         auxes = {}
         for name, each in envelopes.items():
-            decoded = {who: decode_message(message, kind, specs, what) for what, kind, _, (who, message) in each}
+            with jax.ensure_compile_time_eval():  # under a trace, what is refused is the call, below
+                decoded = {who: decode_message(message, kind, specs, what) for what, kind, _, (who, message) in each}
             clients += tuple(who for who in decoded if who is not None and who not in clients)
             auxes[name] = self._reduce(decoded, clients, channels[name])
+        # The state is made after the messages were read: shapes that their bytes do not bear out get no memory.
+        if self.specs is not None:
+            state = self._committed(self.state)
+        else:
+            state = self.compiled.init_from_specs(specs)
+            for _ in range(self.rounds_begun):
+                state = self.compiled.begin_round(state)
         new = self.compiled.process(auxes, state)
         self._assign(new, specs)
         self.clients = clients
@@ -237,13 +255,19 @@ class Session:
                 f"{self.owner}: the state is that of {saved['name']!r}, not of {self.brick.state_name()!r}"
             )
         rounds, out, clients = saved["rounds_begun"], saved["message_out"], saved["clients"]
-        if type(rounds) is not int or rounds < 0:
-            raise ValueError(f"{self.owner}: 'rounds_begun' should be a count, not {rounds!r}")
+        if type(rounds) is not int or not 0 <= rounds <= (_MOST_ROUNDS if saved["variables"] is None else 0):
+            raise ValueError(
+                f"{self.owner}: 'rounds_begun' should be a count of rounds before there were variables, not {rounds!r}"
+            )
         if type(out) is not bool:
             raise ValueError(f"{self.owner}: 'message_out' should be true or false, not {out!r}")
         if not isinstance(clients, list) or not all(isinstance(client, str) for client in clients):
             raise ValueError(f"{self.owner}: 'clients' should be a list of names, not {clients!r}")
+        if len(set(clients)) < len(clients):
+            raise ValueError(f"{self.owner}: 'clients' names one twice: {clients!r}")
         state, specs = self._read(saved)
+        if _traced(state):
+            raise self._under_trace()
         self.state, self.specs = state, specs
         self.rounds_begun, self.message_out, self.clients = rounds, out, tuple(clients)
 
