@@ -92,9 +92,15 @@ def _decode_leaf(payload: Any, like: Any, what: str) -> jax.Array:
     if like is not None and payload.get("shape") != list(like.shape):
         raise ValueError(f"{what} has shape {payload.get('shape')!r}: expected {list(like.shape)}")
     array = decode_array(payload, what)
-    if jnp.issubdtype(array.dtype, jnp.inexact):
-        if not np.isfinite(np.asarray(array)).all():
-            raise ValueError(f"{what} has values that are not finite")
-    elif like is not None and like.shape and jnp.issubdtype(like.dtype, jnp.inexact):
-        raise TypeError(f"{what} has dtype {array.dtype}: expected real numbers, as {like.dtype}")
+    if like is not None and not _fits(array, like):
+        raise TypeError(f"{what} has dtype {array.dtype}: expected numbers, as {like.dtype}")
+    if jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(np.asarray(array)).all():
+        raise ValueError(f"{what} has values that are not finite")
     return array
+
+
+def _fits(array: jax.Array, like: Any) -> bool:
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        return jnp.issubdtype(like.dtype, jnp.complexfloating)
+    counts = not like.shape or not jnp.issubdtype(like.dtype, jnp.inexact)
+    return jnp.issubdtype(array.dtype, jnp.number if counts else jnp.inexact)
