@@ -43,7 +43,8 @@ class Session:
         self.clients: tuple[str, ...] = ()
 
     def _assign(self, state: Any, specs: Specs) -> None:
-        if _traced(state):
+        # Under a trace all that was computed is traced: one leaf tells, at no cost per leaf.
+        if _traced(jax.tree.leaves(state)[:1]):
             raise self._under_trace()
         self.state, self.specs = state, specs
         self.rounds_begun, self.message_out = 0, False
@@ -103,8 +104,7 @@ class Session:
                     "restore a saved one after `reset()`"
                 ) from error
             raise
-        # Under a trace every output is traced: one leaf tells, at no cost per leaf.
-        if _traced((jax.tree.leaves(output) or jax.tree.leaves(new))[:1]):
+        if _traced(jax.tree.leaves(output)[:1]):
             raise self._under_trace()
         self._assign(new, specs)
         return output
@@ -266,7 +266,7 @@ class Session:
         if len(set(clients)) < len(clients):
             raise ValueError(f"{self.owner}: 'clients' names one twice: {clients!r}")
         state, specs = self._read(saved)
-        if _traced(state):
+        if _traced(jax.tree.leaves(state)[:1]):
             raise self._under_trace()
         self.state, self.specs = state, specs
         self.rounds_begun, self.message_out, self.clients = rounds, out, tuple(clients)
