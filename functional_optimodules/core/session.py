@@ -88,6 +88,9 @@ class Session:
         return self._donate(function, params, params, params, gradients, extra_args)
 
     def _donate(self, function: Any, like: Any, params: Any, *args: Any) -> Any:
+        # Under grad or vmap any one leaf may be the traced one, and the call would donate the state.
+        if _traced(args):
+            raise self._under_trace()
         if self.specs is not None and self.specs.hung:
             state, specs = self.state, self.specs
         else:
@@ -284,7 +287,7 @@ class Session:
 
 
 def _traced(tree: Any) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+    return any(issubclass(kind, jax.core.Tracer) for kind in set(map(type, jax.tree.leaves(tree))))
 
 
 @jax.jit
