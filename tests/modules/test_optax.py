@@ -1,0 +1,204 @@
+"""Optax's transformations by name: their signs, arguments, states and errors."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import functional_optimodules as fo
+
+TARGET = {"b": jnp.array([0.3, -0.7]), "w": jnp.array([[1.0, -2.0], [3.0, 0.5]])}
+
+
+def loss(params):
+    return sum(jnp.sum((p - t) ** 2) for p, t in zip(jax.tree.leaves(params), jax.tree.leaves(TARGET), strict=True))
+
+
+def equal(left, right):
+    return all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), left, right)))
+
+
+FACTORIES = [
+    ("adayogi", {}),
+    ("adafactor", {}),
+    ("adam", {"learning_rate": 0.1}),
+    ("adamw", {"b2": 0.99, "mu_dtype": "bfloat16"}),
+    ("add_noise", {"eta": 0.01, "gamma": 0.5, "key": 1}),
+    ("clip", {"max_delta": 0.5}),
+    ("contrib.cocob", {}),
+    ("contrib.muon", {}),
+    ("contrib.prodigy", {}),
+    ("contrib.scale_by_cocob", {}),
+    ("contrib.scale_by_madgrad", {}),
+    ("contrib.schedule_free_adamw", {}),
+    ("ema", {"decay": 0.5}),
+    ("identity", {}),
+    ("lamb", {}),
+    ("lion", {"b1": 0.9}),
+    ("rprop", {}),
+    ("scale_by_adam", {"eps": 1e-6}),
+    ("scale_by_learning_rate", {"learning_rate": 0.5}),
+    ("scale_by_learning_rate", {"learning_rate": 0.5, "flip_sign": False}),
+    ("scale_by_rprop", {}),
+    ("scale_by_sm3", {}),
+    ("sgd", {"momentum": 0.5}),
+    ("sm3", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), FACTORIES)
+def test_every_transformation_points_uphill_and_resumes_in_mid_run(name, config):
+    module = fo.OptaxModule(name, config)
+    params = jax.tree.map(lambda t: jnp.full_like(t, 0.1), TARGET)
+    slope = 0.0
+    for _ in range(3):
+        gradients = jax.grad(loss)(params)
+        output = module.run(gradients, params)
+        slope += sum(jnp.vdot(o, g) for o, g in zip(jax.tree.leaves(output), jax.tree.leaves(gradients), strict=True))
+        params = jax.tree.map(lambda p, o: p - 1e-3 * o, params, output)
+    assert slope > 0
+    saved, written = json.loads(json.dumps([module.get_state(), module.get_config()], allow_nan=False))
+    copy = fo.OptaxModule.from_config(written)
+    copy.set_state(saved)
+    assert copy == module
+    assert copy.get_state() == saved
+    assert equal(copy.run(gradients, params), module.run(gradients, params))
+
+
+@pytest.mark.parametrize(("name", "config"), [("polyak_sgd", {}), ("scale_by_polyak", {}), ("contrib.momo", {})])
+def test_transformations_that_take_the_loss_point_uphill(name, config):
+    module = fo.OptaxModule(name, config)
+    params = jax.tree.map(jnp.zeros_like, TARGET)
+    value, gradients = jax.value_and_grad(loss)(params)
+    output = module.run(gradients, params, value=value)
+    assert loss(jax.tree.map(lambda p, o: p - 0.1 * o, params, output)) < value
+
+
+def test_line_search_takes_its_function_through_the_pure_update():
+    module = fo.OptaxModule("lbfgs")
+    params = jax.tree.map(jnp.zeros_like, TARGET)
+    value, gradients = jax.value_and_grad(loss)(params)
+    output, _ = module.update(gradients, module.init(params), params, value=value, grad=gradients, value_fn=loss)
+    assert loss(jax.tree.map(jnp.subtract, params, output)) < value
+
+
+@pytest.mark.parametrize("rate", [None, 0.25])
+def test_learning_rate_is_1_unless_told_otherwise(rate):
+    module = fo.OptaxModule("sgd", {} if rate is None else {"learning_rate": rate})
+    np.testing.assert_array_equal(module.run(jnp.array([2.0, -4.0])), np.array([2.0, -4.0]) * (rate or 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "transform"),
+    [
+        ("scale_by_adam", {"b2": 0.9, "nesterov": True}, lambda: optax.scale_by_adam(b2=0.9, nesterov=True)),
+        ("lion", {"b1": 0.9}, lambda: optax.chain(optax.lion(1.0, b1=0.9), optax.scale(-1.0))),
+        ("trace", {"decay": 0.5}, lambda: optax.trace(0.5)),
+    ],
+)
+def test_numbers_are_those_of_optax(name, config, transform):
+    module, theirs = fo.OptaxModule(name, config), transform()
+    state = theirs.init(TARGET)
+    for scale in (1.0, -0.5, 3.0):
+        gradients = jax.tree.map(lambda t, scale=scale: scale * t, TARGET)
+        expected, state = theirs.update(gradients, state, TARGET)
+        for mine, leaf in zip(jax.tree.leaves(module.run(gradients, TARGET)), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(mine, leaf, rtol=1e-6)
+
+
+def test_equal_arguments_in_another_order_make_an_equal_brick():
+    left, right = fo.OptaxModule("lion", {"b1": 0.8, "b2": 0.9}), fo.OptaxModule("lion", {"b2": 0.9, "b1": 0.8})
+    assert left == right
+    assert hash(left) == hash(right)
+    assert left != fo.OptaxModule("lion", {"b1": 0.8})
+
+
+def test_state_goes_into_another_container_where_several_arrays_stand_for_a_parameter():
+    module = fo.OptaxModule("sm3")
+    leaves = [TARGET["b"], TARGET["w"]]
+    module.run(leaves)
+    saved = json.loads(json.dumps(module.get_state()))
+    copy = fo.OptaxModule("sm3")
+    copy.set_state(saved)
+    mine, theirs = module.run(leaves), copy.run(tuple(leaves))
+    assert isinstance(theirs, tuple)
+    assert equal(list(theirs), mine)
+
+
+def test_mutilated_arrays_that_stand_for_one_parameter_are_refused_by_name():
+    module = fo.OptaxModule("scale_by_sm3")
+    module.run(TARGET)
+    saved = module.get_state()
+    part = next(name for name, value in saved["variables"].items() if isinstance(value.get("w"), dict))
+    del saved["variables"][part]["w"][next(iter(saved["variables"][part]["w"]))]
+    before = module.get_state()
+    with pytest.raises(ValueError, match="should hold the arrays"):
+        module.set_state(saved)
+    assert module.get_state() == before
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_gradients_come_back_in_their_dtype(dtype):
+    gradients = jax.tree.map(lambda t: t.astype(dtype), TARGET)
+    module = fo.OptaxModule("adamw")
+    output = module.run(gradients, gradients)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(output)} == {dtype}
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(output))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("lyon", {}, "no public 'lyon': did you mean .*'lion'"),
+        ("contrib.prodigi", {}, "did you mean .*'prodigy'"),
+        ("_src.alias.sgd", {}, "no public '_src.alias.sgd'"),
+        ("", {}, "no public ''"),
+        ("lion", {"b3": 0.9}, r"optax.lion takes no argument 'b3': did you mean 'b\d'"),
+        ("clip", {}, "optax.clip refuses the arguments {}: .*max_delta"),
+        ("adamw", {"mu_dtype": "float31"}, "optax.adamw refuses the arguments .*float31"),
+        ("masked", {}, "optax.masked refuses the arguments {}: .*inner"),
+        ("apply_updates", {}, "optax.apply_updates makes no gradient transformation"),
+        ("l2_loss", {}, "optax.l2_loss makes no gradient transformation"),
+        ("l2_loss", {"predictions": 1.0}, "optax.l2_loss makes no gradient transformation"),
+        ("cosine_decay_schedule", {"init_value": 1.0, "decay_steps": 3}, "makes no gradient transformation"),
+        ("EmptyState", {}, "optax.EmptyState makes no gradient transformation"),
+        ("MultiSteps", {}, "optax.MultiSteps makes no gradient transformation"),
+        ("Schedule", {}, "optax.Schedule makes no gradient transformation"),
+        ("contrib", {}, "optax.contrib makes no gradient transformation"),
+    ],
+)
+def test_what_cannot_be_built_is_a_value_error_that_says_why(name, config, message):
+    with pytest.raises(ValueError, match=message):
+        fo.OptaxModule(name, config)
+
+
+def test_arguments_that_are_no_json_values_are_a_type_error():
+    with pytest.raises(TypeError, match=r"OptaxModule: config=.* not made of JSON values"):
+        fo.OptaxModule("sgd", {"learning_rate": optax.constant_schedule(1.0)})
+
+
+def test_state_of_another_transformation_is_refused_though_it_has_the_same_variables():
+    adam, yogi = fo.OptaxModule("scale_by_adam"), fo.OptaxModule("scale_by_yogi")
+    adam.run(TARGET)
+    assert adam.get_state()["variables"].keys() == _after_a_run(yogi)["variables"].keys()
+    before = yogi.get_state()
+    with pytest.raises(ValueError, match="scale_by_adam.*scale_by_yogi"):
+        yogi.set_state(adam.get_state())
+    assert yogi.get_state() == before
+
+
+def test_optimizer_tells_states_of_different_transformations_apart():
+    adam, yogi = (
+        fo.Optimizer(0.1, modules=[("optax", {"transform": f"scale_by_{name}"})]) for name in ("adam", "yogi")
+    )
+    adam.run(TARGET)
+    with pytest.raises(ValueError, match="scale_by_adam.*scale_by_yogi"):
+        yogi.set_state(adam.get_state())
+
+
+def _after_a_run(module):
+    module.run(TARGET)
+    return module.get_state()
