@@ -75,7 +75,7 @@ class Optimizer(Brick, register=False):
                 )
 
     def state_name(self) -> str:
-        return " ".join([self.name, *_labels(self.regularizers), *_labels(self.modules)])
+        return " ".join([self.name, *(brick.state_name() for brick in (*self.regularizers, *self.modules))])
 
     @property
     def _decays(self) -> bool:

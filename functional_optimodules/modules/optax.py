@@ -77,6 +77,9 @@ class OptaxModule(OptiModule):
         """
         _build(self.transform, self.config)
 
+    def state_name(self) -> str:
+        return f"{self.name} {self.transform}"
+
     def init(self, params: Any) -> OptaxState:
         with jax.numpy_dtype_promotion("standard"):  # many of optax's own lines need it
             inner = _build(self.transform, self.config)[0].init(jax.tree.map(wide, params))
