@@ -38,9 +38,10 @@ class Compiled:
         self.starts_from_values = functools.cache(self._starts_from_values)
 
     def _step(self, specs: Specs, state: Any, gradients: Any, params: Any, extra_args: dict[str, Any]) -> Any:
-        specs.require_tree(gradients, "the tree of gradients")
+        owner = type(self.brick).__name__
+        specs.require_tree(gradients, f"{owner}: the tree of gradients")
         if params is not None:
-            specs.require_tree(params, "the tree of parameters")
+            specs.require_tree(params, f"{owner}: the tree of parameters")
         updates, new = self.brick.update(gradients, state, params, **extra_args)
         require_same_state(self.brick, "update", state, new)
         return updates, new

@@ -109,6 +109,12 @@ def describe(annotation: Any) -> str:
         return "None"
     if typing.get_origin(annotation) in (Union, types.UnionType):
         return " | ".join(describe(member) for member in typing.get_args(annotation))
+    if typing.get_origin(annotation) is tuple:
+        return f"list of {describe(typing.get_args(annotation)[0])}"
+    if typing.get_origin(annotation) is collections.abc.Callable:
+        return "function of the step"
+    if hasattr(annotation, "from_specs"):
+        return f"{annotation.__name__} (an instance, a name or a (name, config) pair)"
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 

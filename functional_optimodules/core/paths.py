@@ -88,11 +88,8 @@ class Specs:
     def of(cls, tree: Any) -> "Specs":
         """Return the specs of a tree of arrays, numbers or `ShapeDtypeStruct`s."""
         leaves, treedef = jax.tree.flatten(tree)
-        try:
-            shapes = [_spec_of(leaf) for leaf in leaves]
-        except TypeError as error:
-            raise TypeError(f"parameters and gradients are trees of arrays: {error}") from None
-        return cls(treedef, leaf_paths(tree), shapes)
+        paths = leaf_paths(tree)
+        return cls(treedef, paths, [_spec_of(leaf, path) for path, leaf in zip(paths, leaves, strict=True)])
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Specs) and self._key == other._key)
@@ -154,11 +151,14 @@ class Specs:
         raise ValueError(f"{what} is in another container than before: {treedef}, expected {self.treedef}")
 
 
-def _spec_of(leaf: Any) -> Any:
+def _spec_of(leaf: Any, path: str) -> Any:
     if isinstance(leaf, Spec | jax.Array):
         return leaf
     # NumPy arrays and Python numbers take the dtype that JAX would give them.
-    return jax.eval_shape(jnp.asarray, leaf)
+    try:
+        return jax.eval_shape(jnp.asarray, leaf)
+    except TypeError:
+        raise TypeError(f"parameters and gradients are trees of arrays: at {path!r} there is {leaf!r}") from None
 
 
 def show(spec: Any) -> str:

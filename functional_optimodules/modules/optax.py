@@ -102,9 +102,12 @@ def _build(name: str, config: Any) -> tuple[optax.GradientTransformationExtraArg
     parameters, made = signature.parameters, signature.return_annotation
     if made is not inspect.Signature.empty and "GradientTransformation" not in str(made):
         raise ValueError(f"OptaxModule: optax.{name} makes no gradient transformation: it returns {made}")
-    for key in arguments:
+    for key, value in arguments.items():
         if key not in parameters:
             raise ValueError(f"OptaxModule: optax.{name} takes no argument {key!r}: {nearest(key, parameters)}")
+        # optax itself would only stumble over it in the middle of a step
+        if isinstance(parameters[key].default, int | float) and isinstance(value, str | list | dict):
+            raise ValueError(f"OptaxModule: optax.{name} takes a number for {key!r}, not {value!r}")
     descends = name in _DOWNHILL
     if "learning_rate" in parameters:
         arguments.setdefault("learning_rate", 1.0)
