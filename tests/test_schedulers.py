@@ -5,7 +5,6 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import functional_optimodules as fo
@@ -179,9 +178,3 @@ def test_third_party_scheduler_writes_one_method():
 
     assert facade(fo.Warmup(Halving(), 1), 2, 2) == [1.0, 1.0, 0.25, 0.125]
     assert "halving" not in fo.list_rate_schedulers()
-
-
-def test_optax_schedule_may_be_what_an_optimizer_follows():
-    optimizer = fo.Optimizer(lrate=optax.linear_schedule(1.0, 0.0, 4))
-    one = jnp.ones(())
-    assert [float(optimizer.run(one)) for _ in range(3)] == [-1.0, -0.75, -0.5]
