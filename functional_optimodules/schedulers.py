@@ -20,16 +20,12 @@ import jax
 import jax.numpy as jnp
 
 from functional_optimodules.core.fields import hyperparameter
-from functional_optimodules.core.numerics import power
+from functional_optimodules.core.numerics import power, real
 from functional_optimodules.core.scheduler import Clock, Scheduler
 
 
-def _real(index: Any) -> jax.Array:
-    return jnp.asarray(index).astype(jnp.float32)
-
-
 def _ratio(index: Any, count: Any) -> jax.Array:
-    return _real(index) / _real(count)
+    return real(index) / real(count)
 
 
 class ExponentialDecay(Scheduler):
@@ -66,7 +62,7 @@ class InverseScaling(Scheduler):
 
     def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
         index = step if self.step_level else round_
-        return self.base / (_real(index) + 1) ** self.rate
+        return self.base / (real(index) + 1) ** self.rate
 
 
 class LinearDecay(Scheduler):
@@ -85,7 +81,7 @@ class LinearDecay(Scheduler):
 
     def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
         index = step if self.step_level else round_
-        return self.base * jnp.maximum(1 - self.rate * _real(index), 0)
+        return self.base * jnp.maximum(1 - self.rate * real(index), 0)
 
 
 class PiecewiseDecay(Scheduler):
@@ -337,7 +333,7 @@ class Constant(Scheduler, register=False):
     base: float = hyperparameter(within="[0, inf)")
 
     def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
-        return jnp.asarray(self.base, jnp.float32)
+        return real(self.base)
 
 
 class StepFunction(Scheduler, register=False):

@@ -47,25 +47,30 @@ def safe_sqrt(array: jax.Array) -> jax.Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, array, 1)), 0)
 
 
+def real(number: Any) -> jax.Array:
+    """Return a number in JAX's default precision: float32, or float64 in its 64-bit mode."""
+    return jnp.asarray(number).astype(jnp.result_type(float))
+
+
 def power(base: Any, exponent: Any) -> jax.Array:
-    """Return `base ** exponent` in float32 for a base >= 0, exact to rounding for large exponents.
+    """Return `base ** exponent` as `real` does for a base >= 0, exact to rounding for large exponents.
 
     The logarithm of a Python number is taken in double precision.
     """
-    exponent = jnp.asarray(exponent).astype(jnp.float32)
+    exponent = real(exponent)
     return jnp.where(exponent == 0, 1, jnp.exp(jnp.where(exponent == 0, 1, exponent) * _log(base)))
 
 
 def one_minus_power(base: Any, exponent: Any) -> jax.Array:
-    """Return `1 - base ** exponent` in float32 for a base in [0, 1) and an exponent > 0.
+    """Return `1 - base ** exponent` as `real` does for a base in [0, 1) and an exponent > 0.
 
     It has no cancellation: the difference written out loses four digits where
     the base is 0.999 and the exponent 1.
     """
-    return -jnp.expm1(jnp.asarray(exponent).astype(jnp.float32) * _log(base))
+    return -jnp.expm1(real(exponent) * _log(base))
 
 
 def _log(base: Any) -> Any:
     if isinstance(base, int | float):
-        return jnp.float32(math.log(base) if base > 0 else -math.inf)
+        return real(math.log(base) if base > 0 else -math.inf)
     return jnp.log(base)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from functional_optimodules.core.encoding import Layout
 from functional_optimodules.core.facade import CONFIG
+from functional_optimodules.core.numerics import real
 from functional_optimodules.core.paths import Specs
 from functional_optimodules.core.plugin import Plugin
 
@@ -58,8 +59,8 @@ class Scheduler(Plugin, kind="scheduler"):
         return Clock(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
     def value(self, clock: Any) -> jax.Array:
-        """Return the rate at a time, a float32 scalar."""
-        return jnp.asarray(self.compute_value(clock.steps, clock.round_), jnp.float32)
+        """Return the rate at a time, a scalar of JAX's default precision."""
+        return real(self.compute_value(clock.steps, clock.round_))
 
     def advance(self, clock: Any) -> Any:
         """Return the clock after one more step."""
