@@ -23,6 +23,7 @@ from functional_optimodules.core.chacha import CHACHA20
 from functional_optimodules.core.entropy import make_key
 from functional_optimodules.core.fields import hyperparameter
 from functional_optimodules.core.numerics import wide
+from functional_optimodules.core.paths import leaf_paths
 
 
 class NoiseState(NamedTuple):
@@ -75,7 +76,9 @@ class GaussianNoiseModule(OptiModule):
     def update(self, updates: Any, state: NoiseState, params: Any = None, **extra_args: Any) -> tuple[Any, NoiseState]:
         leaves, treedef = jax.tree.flatten(updates)
         key = jax.random.fold_in(state.key, state.steps)
-        noisy = [self._add(leaf, jax.random.fold_in(key, index)) for index, leaf in enumerate(leaves)]
+        paths = leaf_paths(updates)
+        ranks = map(sorted(paths).index, paths)  # the same in every container of the same parameters
+        noisy = [self._add(leaf, jax.random.fold_in(key, rank)) for leaf, rank in zip(leaves, ranks, strict=True)]
         return jax.tree.unflatten(treedef, noisy), NoiseState(state.key, state.steps + 1)
 
     def _add(self, gradient: jax.Array, key: jax.Array) -> jax.Array:
