@@ -6,13 +6,13 @@
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from functional_optimodules.core.aux_var import AuxVar
+from functional_optimodules.core.aux_var import AuxVar, FromClients
 from functional_optimodules.core.encoding import decode_array, decode_tree, encode_array, encode_tree
 from functional_optimodules.core.fields import nearest
 from functional_optimodules.core.paths import Specs, specs_from_json
@@ -29,14 +29,51 @@ def encode_message(aux: AuxVar, aux_name: str, specs: Specs) -> dict[str, Any]:
     return {"aux_name": aux_name, "sender": aux.sender, "params": specs.to_json(), "variables": variables}
 
 
-def message_specs(message: Any, aux_name: str, receives: type[AuxVar], what: str) -> Specs:
-    """Check a message's envelope, and return the specs of the parameters that it is about.
+class Envelope(NamedTuple):
+    """A message that is known to be of the right pair and side, but whose variables were not read.
+
+    Attributes:
+      what: how errors name it.
+      client: who sent it, or `None` where it comes from the server.
+      specs: the parameters that it is about.
+      variables: the payload.
+    """
+
+    what: str
+    client: str | None
+    specs: Specs
+    variables: Any
+
+
+def open_envelopes(payload: Any, aux_name: str, receives: type[AuxVar] | None, owner: str) -> list[Envelope]:
+    """Check what was received: one message from the server, or a dict of messages keyed by client.
 
     Raises:
-      KeyError: if a key of the envelope is missing.
+      KeyError: if a key of an envelope is missing or unknown.
+      NotImplementedError: if nothing is received under that name.
       TypeError: if it is no message, or comes from the wrong side.
-      ValueError: if it is another pair's, or its specs are malformed.
+      ValueError: if it is another pair's, its specs are malformed, or there is no client.
     """
+    if receives is None:
+        raise NotImplementedError(f"{owner}: {aux_name!r} sends auxiliary variables, and receives none")
+    if not issubclass(receives, FromClients):
+        what = f"{owner}: what was received for {aux_name!r}"
+        return [_open(payload, None, aux_name, receives, what)]
+    if not isinstance(payload, Mapping) or "aux_name" in payload:
+        raise TypeError(
+            f"{owner}: a server takes messages for {aux_name!r} keyed by client, not {type(payload).__name__} "
+            "of another form"
+        )
+    if not payload:
+        raise ValueError(f"{owner}: there is no client's message for {aux_name!r}")
+    for client in payload:
+        if not isinstance(client, str):
+            raise TypeError(f"{owner}: clients are named by strings, not {client!r}")
+    what = f"{owner}: the message for {aux_name!r} from client"
+    return [_open(each, client, aux_name, receives, f"{what} {client!r}") for client, each in payload.items()]
+
+
+def _open(message: Any, client: str | None, aux_name: str, receives: type[AuxVar], what: str) -> Envelope:
     if not isinstance(message, Mapping):
         raise TypeError(f"{what} should be a message, as `collect_aux_var` gives, not {type(message).__name__}")
     if "per_client" in message:
@@ -49,18 +86,18 @@ def message_specs(message: Any, aux_name: str, receives: type[AuxVar], what: str
         raise ValueError(f"{what} is for {message['aux_name']!r}, not for {aux_name!r}")
     if message["sender"] != receives.sender:
         raise TypeError(f"{what} comes from a {message['sender']}: expected one from a {receives.sender}")
-    return specs_from_json(message["params"], what)
+    return Envelope(what, client, specs_from_json(message["params"], what), message["variables"])
 
 
-def decode_message(message: Mapping[str, Any], receives: type[AuxVar], specs: Specs, what: str) -> AuxVar:
-    """Read the variables of a message whose envelope was checked, into the specs' container.
+def decode_message(envelope: Envelope, receives: type[AuxVar], specs: Specs) -> AuxVar:
+    """Read the variables of a message into the specs' container.
 
     Raises:
       KeyError: if a variable is missing or unknown.
       TypeError: if a variable is of the wrong kind.
       ValueError: if a variable has a wrong shape, or a value that is not finite.
     """
-    payload = message["variables"]
+    what, payload = envelope.what, envelope.variables
     if not isinstance(payload, Mapping):
         raise TypeError(f"{what}: 'variables' should be a mapping, not {type(payload).__name__}")
     fields = receives.variables()

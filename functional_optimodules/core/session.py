@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from functional_optimodules.core.aux_var import AuxVar, FromClients, FromServer
+from functional_optimodules.core.aux_var import AuxVar, FromServer
 from functional_optimodules.core.compiled import Compiled, compiled
 from functional_optimodules.core.fields import nearest
-from functional_optimodules.core.messages import decode_message, encode_message, message_specs
+from functional_optimodules.core.messages import decode_message, encode_message, open_envelopes
 from functional_optimodules.core.paths import Specs, specs_from_json
 
 # Rounds begun before the first step are replayed at it: a number read from a file must not hang it.
@@ -166,16 +166,19 @@ class Session:
                 )
         if not messages:
             return
-        envelopes = {name: self._envelopes(name, payload) for name, payload in messages.items()}
-        received = [specs for each in envelopes.values() for _, _, specs, _ in each]
-        for specs, (what, *_) in zip(received, (each for many in envelopes.values() for each in many), strict=True):
-            (self.specs or received[0]).require_same(specs, what)
-        specs = self.specs or received[0]
+        opened = {
+            name: open_envelopes(payload, name, channels[name].receives, self.owner)
+            for name, payload in messages.items()
+        }
+        envelopes = [envelope for each in opened.values() for envelope in each]
+        specs = self.specs or envelopes[0].specs
+        for envelope in envelopes:
+            specs.require_same(envelope.specs, envelope.what)
         clients = self.clients
         auxes = {}
-        for name, each in envelopes.items():
+        for name, each in opened.items():
             with jax.ensure_compile_time_eval():  # under a trace, what is refused is the call, below
-                decoded = {who: decode_message(message, kind, specs, what) for what, kind, _, (who, message) in each}
+                decoded = {e.client: decode_message(e, channels[name].receives, specs) for e in each}
             clients += tuple(who for who in decoded if who is not None and who not in clients)
             auxes[name] = self._reduce(decoded, clients, channels[name])
         # The state is made after the messages were read: shapes that their bytes do not bear out get no memory.
@@ -188,29 +191,6 @@ class Session:
         new = self.compiled.process(auxes, state)
         self._assign(new, specs)
         self.clients = clients
-
-    def _envelopes(self, name: str, payload: Any) -> list[tuple[str, type[AuxVar], Specs, tuple[str | None, Any]]]:
-        """Check who sent what; return what errors call it, its type, its specs, its client and itself."""
-        receives = self.brick.channels()[name].receives
-        if receives is None:
-            raise NotImplementedError(f"{self.owner}: {name!r} sends auxiliary variables, and receives none")
-        if not issubclass(receives, FromClients):
-            what = f"{self.owner}: what was received for {name!r}"
-            return [(what, receives, message_specs(payload, name, receives, what), (None, payload))]
-        if not isinstance(payload, Mapping) or "aux_name" in payload:
-            raise TypeError(
-                f"{self.owner}: a server takes messages for {name!r} keyed by client, not {type(payload).__name__} "
-                "of another form"
-            )
-        if not payload:
-            raise ValueError(f"{self.owner}: there is no client's message for {name!r}")
-        checked: list[tuple[str, type[AuxVar], Specs, tuple[str | None, Any]]] = []
-        for client, message in payload.items():
-            if not isinstance(client, str):
-                raise TypeError(f"{self.owner}: clients are named by strings, not {client!r}")
-            what = f"{self.owner}: the message for {name!r} from client {client!r}"
-            checked.append((what, receives, message_specs(message, name, receives, what), (client, message)))
-        return checked
 
     def _reduce(self, decoded: dict[str | None, Any], clients: tuple[str, ...], module: Any) -> AuxVar:
         if None in decoded:

@@ -62,7 +62,7 @@ class OptaxModule(OptiModule):
     name: ClassVar[str] = "optax"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"transform": "lion", "config": {"b1": 0.8}},
-        {"transform": "scale_by_adam", "config": {"b2": 0.99, "nesterov": True}},
+        {"transform": "scale_by_adam", "config": {"b2": 0.99, "nesterov": True, "eps_root": 1e-8}},
         {"transform": "sgd", "config": {"momentum": 0.5}},
     )
     transform: str
