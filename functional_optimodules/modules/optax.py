@@ -48,7 +48,9 @@ class OptaxModule(OptiModule):
     A factory with a `learning_rate` gives updates that point downhill: it gets a
     rate of 1 unless told otherwise, and the brick turns the sign, so that every
     brick points uphill and the `Optimizer` alone applies the rate. Optax is given
-    at least float32, so that its norms and moments accumulate in no less.
+    at least float32, so that its norms and moments accumulate in no less. What
+    optax differentiates to NaN at a gradient of zero it does here too: give its
+    Adam an `eps_root`.
 
     Attributes:
       transform: the factory's name in optax, such as `"lion"`, `"scale_by_adam"`

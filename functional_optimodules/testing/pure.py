@@ -1,0 +1,155 @@
+"""Checks of `init` and `update` as pure functions of arrays."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from functional_optimodules.core.brick import Brick
+from functional_optimodules.core.encoding import is_key
+from functional_optimodules.testing.check import check
+from functional_optimodules.testing.trees import (
+    assert_same,
+    assert_same_specs,
+    assert_untouched,
+    compiled_step,
+    parameters,
+    randoms,
+    stepped,
+    to_numpy,
+)
+
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
+
+
+@check(Brick, scope="class")
+def check_state_is_a_named_tuple_of_arrays(brick: Any) -> None:
+    """The state is a `NamedTuple`, and its leaves are arrays from the start: no numbers that stand for "not yet"."""
+    state = brick.init(parameters())
+    is_named = isinstance(state, tuple) and hasattr(state, "_fields")
+    assert is_named, f"`init` returns a {type(state).__name__}: let it return a `NamedTuple`"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        assert isinstance(leaf, jax.Array), (
+            f"`init` returns {leaf!r} at {jax.tree_util.keystr(path)}: let it return arrays, such as zeros"
+        )
+
+
+@check(Brick, scope="field")
+def check_update_keeps_structure(brick: Any) -> None:
+    """Neither what `update` returns for updates nor its state changes in structure, shapes or dtypes."""
+    params = parameters()
+    state = brick.init(params)
+    output, new = jax.eval_shape(brick.update, params, state, params)
+    assert_same_specs(output, params, "`update` returns other updates than it got")
+    assert_same_specs(new, state, "`update` changes the state's structure: let `init` make it whole")
+
+
+@check(Brick)
+def check_update_is_pure(brick: Any) -> None:
+    """The same arguments give the same results, and neither they nor the brick are changed."""
+    params = parameters()
+    updates, state, memory = randoms(params, 1), brick.init(params), dict(vars(brick))
+    before = [jax.tree.flatten(tree) for tree in (updates, state, params)]
+    first = brick.update(updates, state, params)
+    second = brick.update(updates, state, params)
+    assert_same(second, first, "`update` is not a pure function: called twice on the same arguments it differs")
+    for flat, tree in zip(before, (updates, state, params), strict=True):
+        assert_untouched(tree, flat, "`update` changes its arguments in place: return new containers")
+    kept = [key for key, value in vars(brick).items() if memory.get(key) is not value]
+    assert not kept, f"`update` keeps {kept} on the brick itself: let the state hold it"
+
+
+@check(Brick)
+def check_state_owns_its_buffers(brick: Any) -> None:
+    """No two leaves of a new state share a buffer, and none is one of the parameters'."""
+    params = parameters()
+    state = brick.init(params)
+    for made, by in ((state, "init"), (brick.begin_round(state, params), "begin_round")):
+        taken = {_buffer(leaf): f"params{jax.tree_util.keystr(path)}" for path, leaf in _paths(params)}
+        for path, leaf in _paths(made):
+            at = jax.tree_util.keystr(path)
+            other = taken.setdefault(_buffer(leaf), at)
+            assert other == at, (
+                f"`{by}` returns one buffer at {other} and at {at}: copy it (`jnp.copy`), for a donated state to be no "
+                "other's"
+            )
+
+
+def _paths(tree: Any) -> Any:
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _buffer(leaf: Any) -> int:
+    return id(leaf) if is_key(leaf) or not leaf.size else leaf.unsafe_buffer_pointer()
+
+
+@check(Brick)
+def check_state_can_be_donated(brick: Any) -> None:
+    """A compiled step may donate the state, from the very first on, and the caller's arrays stay alive."""
+    params = parameters()
+    step = jax.jit(brick.bare().update, donate_argnums=1)
+    state, updates = brick.init(params), randoms(params, 1)
+    expected, _ = stepped(brick, jax.tree.map(jnp.copy, state), params, (1, 1))
+    for output in expected:
+        found, state = step(updates, state, params)
+        assert_same(found, output, "a donated state gives other updates", close=True)
+    for leaf in jax.tree.leaves((updates, params)):
+        assert not leaf.is_deleted(), "donating the state deletes arrays of the caller: copy what `init` keeps"
+
+
+@check(Brick)
+def check_dtypes_are_kept(brick: Any) -> None:
+    """Updates leave with the dtype that they came with, and the state's dtypes stay."""
+    for dtype in _DTYPES:
+        with jax.enable_x64(dtype == jnp.float64):
+            params = parameters(dtype)
+            state = brick.init(params)
+            output, new = jax.eval_shape(brick.update, params, state, params)
+            assert_same_specs(output, params, f"updates in {dtype.__name__} change: cast them to the dtype they had")
+            assert_same_specs(new, state, f"with {dtype.__name__} updates, `update` changes the state")
+
+
+@check(Brick)
+def check_half_precision_accumulates_wide(brick: Any) -> None:
+    """Norms and moments are computed in at least float32, whatever the dtype of the updates."""
+    params = [{"w": randoms(jnp.zeros(300, jnp.float16), seed)} for seed in range(2)]
+    updates = {"w": jnp.full(300, 256, jnp.float16)}  # the sum of squares is beyond float16
+    first = state = brick.init(params[0])
+    exact = jax.tree.map(lambda new, old: old if is_key(old) else new, brick.init(_exact(params[0])), state)
+    for param in params:
+        output, state = compiled_step(brick.bare(), updates, state, param)
+        wanted, exact = compiled_step(brick.bare(), _exact(updates), exact, _exact(param))
+        found, expected = to_numpy(output["w"]).astype(float), to_numpy(wanted["w"].astype(jnp.float16)).astype(float)
+        assert np.allclose(found, expected, rtol=0.02, atol=0.002 * np.abs(expected).max(), equal_nan=True), (
+            f"float16 updates give {found[:3]} where float32 gives {expected[:3]}: compute in `core.numerics.wide`"
+        )
+    given = [to_numpy(leaf) for leaf in jax.tree.leaves((first, params, updates))]
+    for path, leaf in _paths(state):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4:
+            assert any(np.array_equal(to_numpy(leaf), each) for each in given), (
+                f"the state accumulates in {leaf.dtype} at {jax.tree_util.keystr(path)}: make it with "
+                "`core.numerics.zeros_wide`"
+            )
+
+
+def _exact(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+@check(Brick)
+def check_gradient_at_zero_is_finite(brick: Any) -> None:
+    """Updates of zero give finite numbers, and so do the derivatives of two steps there."""
+    params = parameters()
+    state = brick.init(params)
+
+    def total(updates: Any) -> Any:
+        first, then = brick.update(updates, state, params)
+        second, _ = brick.update(updates, then, params)
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves((first, second)))
+
+    found = jax.jit(jax.value_and_grad(total))(jax.tree.map(jnp.zeros_like, params))
+    for leaf in jax.tree.leaves(found):
+        assert np.isfinite(leaf).all(), (
+            f"updates of zero give {found}: take roots by `core.numerics.safe_sqrt`, and do not divide by 0"
+        )

@@ -1,0 +1,64 @@
+"""Checks of `begin_round`, `commit`, `process` and `fold_in`."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from functional_optimodules.core.brick import Brick
+from functional_optimodules.core.encoding import is_key
+from functional_optimodules.testing.check import check
+from functional_optimodules.testing.exchange import received
+from functional_optimodules.testing.trees import assert_same, assert_same_specs, parameters, stepped, to_numpy
+
+
+@check(Brick)
+def check_rounds_keep_structure(brick: Any) -> None:
+    """Nothing that happens between steps changes the state's structure, shapes or dtypes."""
+    params = parameters()
+    _, state = stepped(brick, brick.init(params), params, (1,))
+    auxes = received(brick, params)
+    made = {
+        "begin_round(state, params)": brick.begin_round(state, params),
+        "begin_round(state)": brick.begin_round(state),
+        "commit(state)": brick.commit(state),
+        "fold_in(state, 1)": brick.fold_in(state, 1),
+    }
+    if auxes:
+        made["process(aux, state)"] = brick.process_channels(auxes, state)
+    for call, new in made.items():
+        assert_same_specs(new, state, f"`{call}` changes the state")
+
+
+@check(Brick, scope="field")
+def check_round_reset_is_as_new(brick: Any) -> None:
+    """With `round_reset`, a round starts from the state that `init` makes."""
+    if not getattr(brick, "round_reset", False):
+        return
+    params = parameters()
+    fresh = brick.init(params)
+    _, state = stepped(brick, fresh, params, (1, 2))
+    for begun in (brick.begin_round(state, params), brick.begin_round(state)):
+        assert_same(_without_keys(begun), _without_keys(fresh), "with `round_reset`, a round does not start as `init`")
+
+
+def _without_keys(state: Any) -> Any:
+    return [leaf for leaf in jax.tree.leaves(state) if not is_key(leaf)]
+
+
+@check(Brick, scope="class")
+def check_fold_in_separates_clients(brick: Any) -> None:
+    """An identity changes every PRNG key of a state, and nothing else."""
+    state = brick.init(parameters())
+    first, second = brick.fold_in(state, 1), brick.fold_in(state, 2)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        at = jax.tree_util.keystr(path)
+        a, b = (dict(jax.tree_util.tree_leaves_with_path(each))[path] for each in (first, second))
+        same = np.array_equal(to_numpy(a), to_numpy(b))
+        if is_key(leaf):
+            assert not same, f"clients 1 and 2 have the same key at {at}: leave `fold_in` as it is"
+        else:
+            assert np.array_equal(to_numpy(a), to_numpy(leaf)), f"`fold_in` changes {at}, which is no key"
+        assert is_key(leaf) or leaf.dtype != np.uint32, (
+            f"the state holds uint32 at {at}: a PRNG key is made by `jax.random.key`, for `fold_in` to find it"
+        )

@@ -1,0 +1,96 @@
+"""Checks of bricks under JAX's transformations."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from functional_optimodules.core.brick import Brick
+from functional_optimodules.testing.check import check
+from functional_optimodules.testing.exchange import received
+from functional_optimodules.testing.trees import assert_same, compiled_step, parameters, randoms, stepped
+
+
+@check(Brick, scope="field")
+def check_jit_equals_eager(brick: Any) -> None:
+    """A compiled step gives what the same step gives without compilation."""
+    params = parameters()
+    state = brick.init(params)
+    outputs, last = stepped(brick, state, params, (1, 2))
+    for seed, output in zip((1, 2), outputs, strict=True):
+        eager, state = brick.update(randoms(params, seed), state, params)
+        assert_same(output, eager, "`update` differs under jit: let nothing but its arguments enter it", close=True)
+    assert_same(last, state, "the state differs under jit: let nothing but its arguments enter it", close=True)
+
+
+@check(Brick)
+def check_vmap_over_clients(brick: Any) -> None:
+    """Clients whose states are stacked get what each gets alone."""
+    params = parameters()
+    states = [brick.fold_in(brick.init(params), client) for client in range(3)]
+    gradients = [randoms(params, client) for client in range(3)]
+    together = jax.jit(jax.vmap(brick.bare().update, in_axes=(0, 0, None)))(_stack(gradients), _stack(states), params)
+    alone = [compiled_step(brick.bare(), g, s, params) for g, s in zip(gradients, states, strict=True)]
+    assert_same(together, _stack(alone), "under vmap, clients differ from what each gets alone", close=True)
+
+
+def _stack(trees: Any) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+@check(Brick, scope="class")
+def check_scan_equals_loop(brick: Any) -> None:
+    """Steps in a `lax.scan` are those of a Python loop."""
+    params = parameters()
+    state = brick.init(params)
+    gradients = [randoms(params, seed) for seed in range(3)]
+
+    def body(carry: Any, updates: Any) -> Any:
+        output, carry = brick.update(updates, carry, params)
+        return carry, output
+
+    last, scanned = jax.jit(lambda state, xs: jax.lax.scan(body, state, xs))(state, _stack(gradients))
+    outputs, expected = stepped(brick, state, params, range(3))
+    assert_same(scanned, _stack(outputs), "steps in a scan differ from those of a loop", close=True)
+    assert_same(last, expected, "the state after a scan differs from that after a loop", close=True)
+
+
+@check(Brick)
+def check_traced_once(brick: Any) -> None:
+    """Neither a step, nor a round, nor a message, nor an equal brick built anew traces `update` again."""
+    traces = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(brick: Any, updates: Any, state: Any, params: Any) -> Any:
+        traces.append(brick)
+        return brick.update(updates, state, params)
+
+    params = parameters()
+    auxes = received(brick, params)
+    state = brick.init(params)
+    for each in (brick.bare(), dataclasses.replace(brick)):
+        for seed in range(2):
+            _, state = step(each, randoms(params, seed), state, params)
+        state = each.begin_round(state, params)
+        state = each.process_channels(auxes, state) if auxes else state
+        state = each.begin_round(each.commit(state))
+    assert len(traces) == 1, (
+        f"`update` was traced {len(traces)} times: keep shapes, dtypes and weak types of the state, and hash by fields"
+    )
+
+
+@check(Brick)
+def check_strict_promotion(brick: Any) -> None:
+    """No line relies on implicit dtype promotion, which users may have made an error."""
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        params = parameters(dtype)
+        auxes = received(brick, params)
+        with jax.numpy_dtype_promotion("strict"):
+            state = brick.init(params)
+            jax.eval_shape(brick.update, params, state, params)
+            jax.eval_shape(brick.begin_round, state, params)
+            jax.eval_shape(lambda state: (brick.collect_channels(state), brick.commit(state)), state)
+            if auxes:
+                jax.eval_shape(brick.process_channels, auxes, state)

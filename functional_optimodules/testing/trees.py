@@ -1,0 +1,129 @@
+"""Small trees to run bricks on, and how two trees are found equal."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import chex  # type: ignore[import-untyped]
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.core import FrozenDict
+
+from functional_optimodules.core.encoding import is_key
+from functional_optimodules.core.paths import keystr
+
+
+class Pair(NamedTuple):
+    """Parameters in a `NamedTuple`, whose order is not that of their paths."""
+
+    b: Any
+    a: Any
+
+
+@chex.dataclass(frozen=True)
+class PairDataclass:
+    """Parameters in a chex dataclass."""
+
+    a: Any
+    b: Any
+
+
+def containers() -> dict[str, Callable[[Any, Any], Any]]:
+    """Return, by name, functions that put two leaves into a container."""
+    return {
+        "dict": lambda a, b: {"a": a, "b": b},
+        "list": lambda a, b: [a, b],
+        "tuple": lambda a, b: (a, b),
+        "NamedTuple": lambda a, b: Pair(a=a, b=b),
+        "FrozenDict": lambda a, b: FrozenDict(a=a, b=b),
+        "chex.dataclass": lambda a, b: PairDataclass(a=a, b=b),  # type: ignore[call-arg]
+        "nnx.State": lambda a, b: nnx.State({"a": nnx.Param(a), "b": nnx.Param(b)}),
+    }
+
+
+def parameters(dtype: Any = None) -> Any:
+    """Return nested parameters with a matrix, a vector and a scalar."""
+    shapes = {"layer": {"bias": (3,), "kernel": (2, 3)}, "scale": ()}
+    return randoms(jax.tree.map(lambda shape: jnp.zeros(shape, dtype), shapes, is_leaf=lambda x: type(x) is tuple), 99)
+
+
+def randoms(like: Any, seed: int) -> Any:
+    """Return normal numbers in the shapes and dtypes of a tree, other ones for each seed."""
+    generator = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(generator.standard_normal(leaf.shape), leaf.dtype), like)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compiled_step(brick: Any, updates: Any, state: Any, params: Any) -> Any:
+    """Run a brick's `update`; the checks of a brick share its compilation."""
+    return brick.update(updates, state, params)
+
+
+def stepped(brick: Any, state: Any, params: Any, seeds: Iterable[int]) -> tuple[list[Any], Any]:
+    """Take a step for each seed; return the outputs and the last state."""
+    outputs = []
+    for seed in seeds:
+        output, state = compiled_step(brick.bare(), randoms(params, seed), state, params)
+        outputs.append(output)
+    return outputs, state
+
+
+def assert_same(found: Any, expected: Any, broken: str, close: bool = False) -> None:
+    """Raise an `AssertionError` that names the first leaf in which two trees differ.
+
+    Args:
+      found: a tree.
+      expected: the tree that it should be.
+      broken: what is broken if they differ, and how to mend it.
+      close: whether rounding may differ.
+    """
+    assert_same_structure(found, expected, broken)
+    leaves = jax.tree_util.tree_leaves_with_path(found)
+    for (path, leaf), other in zip(leaves, jax.tree.leaves(expected), strict=True):
+        assert_same_leaf(leaf, other, f"{broken}\n  at {keystr(path)!r}", close)
+
+
+def assert_same_structure(found: Any, expected: Any, broken: str) -> None:
+    """Raise an `AssertionError` if two trees differ in structure."""
+    a: Any = jax.tree.structure(found)
+    b: Any = jax.tree.structure(expected)
+    assert a == b, f"{broken}\n  found the structure {a}, expected {b}"
+
+
+def assert_same_specs(found: Any, expected: Any, broken: str) -> None:
+    """Raise an `AssertionError` if two trees differ in structure, shapes or dtypes."""
+    assert_same_structure(found, expected, broken)
+    for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_same_spec(leaf, other, broken)
+
+
+def assert_untouched(tree: Any, flat: tuple[list[Any], Any], broken: str) -> None:
+    """Raise an `AssertionError` if a tree has no longer the structure and the leaves that it was flattened to."""
+    leaves, treedef = jax.tree.flatten(tree)
+    assert treedef == flat[1], f"{broken}\n  found the structure {treedef}, expected {flat[1]}"
+    assert all(a is b for a, b in zip(leaves, flat[0], strict=True)), broken
+
+
+def assert_same_leaf(found: Any, expected: Any, broken: str, close: bool) -> None:
+    """Raise an `AssertionError` if two arrays differ in shape, dtype or value."""
+    assert_same_spec(found, expected, broken)
+    a, b = to_numpy(found), to_numpy(expected)
+    same = np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
+    if close and not same and np.issubdtype(a.dtype, np.inexact):
+        size = np.max(np.abs(b), initial=0, where=np.isfinite(b))
+        same = np.allclose(a, b, rtol=1e-5, atol=1e-6 * size)
+    assert same, f"{broken}: found {a}, expected {b}"
+
+
+def assert_same_spec(found: Any, expected: Any, broken: str) -> None:
+    """Raise an `AssertionError` if two arrays, or what describes them, differ in shape or dtype."""
+    a, b = (f"{leaf.dtype}{list(leaf.shape)}" for leaf in (found, expected))
+    assert a == b, f"{broken}: found {a}, expected {b}"
+
+
+def to_numpy(leaf: Any) -> np.ndarray[Any, Any]:
+    """Return an array, or the words of PRNG keys, as NumPy's; bfloat16 and its kin as float32."""
+    values = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+    return values if values.dtype.kind in "biufc" else values.astype(np.float32)
