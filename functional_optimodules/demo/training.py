@@ -1,0 +1,150 @@
+"""A small convolutional network in Flax, trained by an `Optimizer` that a file configures.
+
+Twice: in nnx through the optimizer's facade, which keeps the state, saves it as
+JSON and resumes from it; in linen with the same optimizer as the `tx` of a
+`TrainState`, where it is a pair of pure functions.
+"""
+
+import json
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen, nnx
+from flax.training.train_state import TrainState
+from tqdm import tqdm
+
+from functional_optimodules import Optimizer
+from functional_optimodules.demo.digits import Images
+
+BATCH_SIZE = 64
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """Read a configuration that ships with the demo."""
+    return tomllib.loads(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return the mean loss of a batch."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def accuracy(logits: jax.Array, labels: jax.Array) -> float:
+    """Return the share of images that are recognized."""
+    return float((logits.argmax(-1) == labels).mean())
+
+
+class NnxNetwork(nnx.Module):
+    """A convolution, then a linear layer."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.convolution = nnx.Conv(1, 32, (3, 3), rngs=rngs)
+        self.linear = nnx.Linear(4 * 4 * 32, 10, rngs=rngs)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        features = nnx.relu(self.convolution(pixels.reshape(-1, 8, 8, 1)))
+        return self.linear(nnx.max_pool(features, (2, 2), (2, 2)).reshape(-1, 4 * 4 * 32))
+
+
+@nnx.jit
+def nnx_gradients(model: NnxNetwork, batch: Images) -> Any:
+    """Return the gradient of the loss with respect to the model's parameters."""
+    return nnx.grad(lambda model: cross_entropy(model(batch.pixels), batch.labels))(model)
+
+
+def train_nnx(model: NnxNetwork, optimizer: Optimizer, images: Images, steps: range, what: str) -> None:
+    """Train a model in place. The optimizer's compiled step keeps its own state."""
+    for step in tqdm(steps, desc=what, unit=" steps"):
+        gradients = nnx_gradients(model, images.batch(step, BATCH_SIZE))
+        nnx.update(model, optimizer.apply_gradients(nnx.state(model, nnx.Param), gradients))
+
+
+def save(folder: Path, model: NnxNetwork, optimizer: Optimizer) -> list[Path]:
+    """Write the optimizer's configuration and state as JSON, the weights as NumPy arrays."""
+    paths = [folder / name for name in ("optimizer-config.json", "optimizer-state.json", "weights.npz")]
+    paths[0].write_text(json.dumps(optimizer.get_config(), indent=2), encoding="utf-8")
+    paths[1].write_text(json.dumps(optimizer.get_state(), indent=2), encoding="utf-8")
+    np.savez(paths[2], *jax.tree.leaves(nnx.state(model, nnx.Param)))
+    return paths
+
+
+def load(paths: list[Path]) -> tuple[NnxNetwork, Optimizer]:
+    """Make a new model and a new optimizer from what `save` wrote."""
+    optimizer = Optimizer.from_config(json.loads(paths[0].read_text(encoding="utf-8")))
+    optimizer.set_state(json.loads(paths[1].read_text(encoding="utf-8")))
+    model = NnxNetwork(nnx.Rngs(1))
+    with np.load(paths[2]) as arrays:
+        nnx.update(model, jax.tree.unflatten(jax.tree.structure(nnx.state(model, nnx.Param)), list(arrays.values())))
+    return model, optimizer
+
+
+class NnxResult(NamedTuple):
+    """What came out of the nnx runs.
+
+    Attributes:
+      accuracy: of the run that was never interrupted.
+      files: what was saved in the middle of it.
+      identical: whether the resumed run ended in the same bits, of weights and of optimizer.
+    """
+
+    accuracy: float
+    files: list[Path]
+    identical: bool
+
+
+def run_nnx(train: Images, test: Images, steps: int, folder: Path) -> NnxResult:
+    """Train, save half-way, train on; then resume from the files and compare the ends."""
+    optimizer = Optimizer.from_config(read_config("optimizer.toml"))
+    model = NnxNetwork(nnx.Rngs(0))
+    train_nnx(model, optimizer, train, range(steps // 2), "nnx, first half")
+    files = save(folder, model, optimizer)
+    train_nnx(model, optimizer, train, range(steps // 2, steps), "nnx, second half")
+
+    resumed, resumed_optimizer = load(files)
+    train_nnx(resumed, resumed_optimizer, train, range(steps // 2, steps), "nnx, resumed from files")
+    identical = (
+        same_bits(nnx.state(model), nnx.state(resumed)) and optimizer.get_state() == resumed_optimizer.get_state()
+    )
+    return NnxResult(accuracy(model(jnp.asarray(test.pixels)), test.labels), files, identical)
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Whether two trees hold the same arrays, bit by bit."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+
+
+class LinenNetwork(linen.Module):
+    """The same network in linen."""
+
+    @linen.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        features = linen.relu(linen.Conv(32, (3, 3))(pixels.reshape(-1, 8, 8, 1)))
+        return linen.Dense(10)(linen.max_pool(features, (2, 2), (2, 2)).reshape(-1, 4 * 4 * 32))
+
+
+@jax.jit
+def linen_step(state: TrainState, batch: Images) -> TrainState:
+    """Take a step: the gradient and the optimizer in one compiled program."""
+
+    def loss(params: Any) -> jax.Array:
+        return cross_entropy(state.apply_fn({"params": params}, batch.pixels), batch.labels)
+
+    return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+
+def run_linen(train: Images, test: Images, steps: int) -> float:
+    """Train with a `TrainState`, and return the accuracy."""
+    network = LinenNetwork()
+    params = network.init(jax.random.key(0), jnp.zeros((1, 64)))["params"]
+    optimizer = Optimizer.from_config(read_config("optimizer.toml"))
+    state = TrainState.create(apply_fn=network.apply, params=params, tx=optimizer)
+    for step in tqdm(range(steps), desc="linen", unit=" steps"):
+        state = linen_step(state, train.batch(step, BATCH_SIZE))
+    return accuracy(network.apply({"params": state.params}, test.pixels), test.labels)  # type: ignore[arg-type]

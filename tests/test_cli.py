@@ -1,0 +1,139 @@
+"""The command: what it lists, and what it says when it cannot do what was asked."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+
+import functional_optimodules as fo
+from functional_optimodules import catalogue, cli, demo
+from functional_optimodules.demo import Promise
+
+
+def test_list_names_every_plugin_and_every_hyperparameter(capsys):
+    assert cli.main(["list"]) == 0
+    printed = capsys.readouterr().out
+    registries = fo.list_optim_modules(), fo.list_optim_regularizers(), fo.list_rate_schedulers()
+    for name, plugin in (item for registry in registries for item in registry.items()):
+        entry = re.search(rf"^  {re.escape(name)}  \({plugin.__name__}\)\n(      .*\n?)+", printed, re.MULTILINE)
+        assert entry, name
+        for field in dataclasses.fields(plugin):
+            assert re.search(rf"^        {field.name}: ", entry[0], re.MULTILINE), (name, field.name)
+
+
+def test_list_shows_default_range_type_and_formula(capsys):
+    cli.main(["list", "modules"])
+    printed = capsys.readouterr().out
+    assert "beta: float = 0.9, in [0, 1)\n" in printed
+    assert "nesterov: bool = False\n" in printed
+    assert "transform: str, required\n" in printed
+    assert "velocity ← β·velocity + g (Sutskever et al. 2013, as in PyTorch)\n" in printed
+
+
+def test_list_of_one_kind_leaves_out_the_others(capsys):
+    cli.main(["list", "regularizers"])
+    printed = capsys.readouterr().out
+    assert "fedprox" in printed
+    assert "momentum" not in printed
+    assert "warmup" not in printed
+
+
+def test_markdown_prints_the_table_that_the_readme_embeds(capsys):
+    cli.main(["list", "--markdown"])
+    assert capsys.readouterr().out == catalogue.plugin_table() + "\n"
+
+
+def test_the_table_has_a_row_of_four_cells_for_each_plugin_of_the_library():
+    rows = [line for line in catalogue.plugin_table().splitlines() if line.startswith("| `")]
+    names = {re.match(r"\| `([^`]+)`", row)[1] for row in rows}
+    assert len(rows) == 13 + 3 + 11
+    assert {"adam", "optax", "scaffold-server", "fedprox", "cosine-annealing", "warmup-rounds"} <= names
+    for row in rows:
+        cells = re.split(r"(?<!\\)\|", row)
+        assert len(cells) == 4 + 2, row
+        assert all(cell.strip() for cell in cells[1:-1]), row
+
+
+def test_the_table_leaves_out_third_parties_and_the_list_does_not(monkeypatch):
+    class Foreign(fo.OptiModule, register=False):
+        """Left | right."""
+
+        name = "foreign"
+        choice: int | None = None
+
+        def init(self, params):
+            return ()
+
+        def update(self, updates, state, params=None, **extra_args):
+            return updates, state
+
+    monkeypatch.setitem(fo.OptiModule._registry, "foreign", Foreign)
+    assert "foreign" not in catalogue.plugin_table()
+    assert "foreign  (Foreign)\n      Left | right\n        choice: int | None = None" in catalogue.plugin_list()
+    monkeypatch.setattr(Foreign, "__module__", "functional_optimodules.foreign")
+    assert "| `foreign` | `Foreign` | `choice=None` | Left \\| right |" in catalogue.plugin_table()
+
+
+@pytest.mark.parametrize("argv", [[], ["dmeo"], ["list", "optimizers"], ["demo", "--rounds", "3"]])
+def test_unknown_words_exit_with_2_and_name_the_choices(argv, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(argv)
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert "usage: functional-optimodules" in message
+    expected = {"dmeo": "demo", "optimizers": "schedulers", "3": "--rounds"}
+    assert expected.get(argv[-1] if argv else "", "COMMAND") in message
+
+
+@pytest.mark.parametrize(
+    ("module", "project"), [("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("tqdm", "tqdm")]
+)
+def test_demo_without_its_packages_says_what_to_install(module, project, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert cli.main(["demo", "--output", str(tmp_path / "output")]) == 2
+    message = capsys.readouterr().err
+    assert f"needs {project}:" in message
+    assert "pip install 'functional_optimodules[demo]'" in message
+    assert not (tmp_path / "output").exists()
+
+
+def test_demo_refuses_an_output_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["demo", "--output", str(tmp_path / "file")]) == 2
+    assert f"cannot make the output folder {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_demo_exits_with_1_and_names_the_broken_promise(monkeypatch, capsys, tmp_path):
+    promises = [Promise("the kept one", True), Promise("the broken one", False)]
+    monkeypatch.setattr(demo, "run_demo", lambda output: promises)
+    assert cli.main(["demo", "--output", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert "did not keep its promise: the broken one" in message
+    assert "the kept one" not in message
+
+
+def test_demo_exits_with_0_if_all_promises_are_kept_and_makes_its_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "run_demo", lambda output: [Promise(f"{output} exists", output.is_dir())])
+    assert cli.main(["demo", "--output", str(tmp_path / "new" / "folder")]) == 0
+
+
+def test_python_m_lists_without_the_packages_of_the_demo():
+    program = (
+        "import sys, runpy; sys.modules.update(dict.fromkeys(['sklearn', 'matplotlib', 'tqdm', 'flax']));"
+        "sys.argv = ['functional-optimodules', 'list', 'modules'];"
+        "runpy.run_module('functional_optimodules', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert "AdamModule" in done.stdout
+
+
+def test_a_reader_that_closes_the_pipe_early_sees_no_traceback():
+    program = (
+        "import os, sys; from functional_optimodules.cli import main;"
+        "r, w = os.pipe(); os.close(r); os.dup2(w, 1); sys.exit(main(['list']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, encoding="utf-8")
+    assert (done.returncode, done.stderr) == (0, "")
