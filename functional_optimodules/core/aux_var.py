@@ -62,10 +62,14 @@ class AuxVar:
     def variables(cls) -> dict[str, frozenset[str]]:
         """Return what the annotation of each field says: `{"delta": {"params"}, ...}`."""
         hints = typing.get_type_hints(cls, include_extras=True)
-        return {
+        variables = {
             field.name: frozenset(getattr(hints[field.name], "__metadata__", ()))
             for field in dataclasses.fields(cls)  # type: ignore[arg-type]
         }
+        for name, marks in variables.items():
+            if len(marks & {"max", "min", "per-client"}) > 1 or (marks & {"max", "min"} and cls.sender == "server"):
+                raise TypeError(f"{cls.__name__}: {name} cannot be reduced as {sorted(marks)}")
+        return variables
 
 
 class FromServer(AuxVar):

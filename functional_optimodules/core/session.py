@@ -203,6 +203,9 @@ class Session:
         for client, aux in decoded.items():
             aux = aux.widen(clients.index(client), total) if wide else aux
             reduced = aux if reduced is None else _merge(reduced, aux)
+        for variable in reduced.variables():
+            if not all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(getattr(reduced, variable))):
+                raise ValueError(f"{self.owner}: variable {variable!r}, reduced over clients, is not finite any more")
         return reduced
 
     def snapshot(self) -> Any:

@@ -4,7 +4,7 @@
         key = from the seed, or from the operating system
         steps = 0
     Step(grads):
-        for each parameter: grad += normal(key, steps, parameter) * std
+        grads += std * normal(key, steps)
         steps += 1
 
 The key and the position in its stream are state: a run that is saved and
@@ -75,13 +75,22 @@ class GaussianNoiseModule(OptiModule):
 
     def update(self, updates: Any, state: NoiseState, params: Any = None, **extra_args: Any) -> tuple[Any, NoiseState]:
         leaves, treedef = jax.tree.flatten(updates)
-        key = jax.random.fold_in(state.key, state.steps)
-        paths = leaf_paths(updates)
-        ranks = map(sorted(paths).index, paths)  # the same in every container of the same parameters
-        noisy = [self._add(leaf, jax.random.fold_in(key, rank)) for leaf, rank in zip(leaves, ranks, strict=True)]
+        exact = [wide(leaf) for leaf in leaves]
+        noise = draw(jax.random.fold_in(state.key, state.steps), exact, leaf_paths(updates))
+        noisy = [(x + self.std * z).astype(g.dtype) for g, x, z in zip(leaves, exact, noise, strict=True)]
         return jax.tree.unflatten(treedef, noisy), NoiseState(state.key, state.steps + 1)
 
-    def _add(self, gradient: jax.Array, key: jax.Array) -> jax.Array:
-        exact = wide(gradient)
-        noise = jax.random.normal(key, exact.shape, exact.dtype)
-        return (exact + self.std * noise).astype(gradient.dtype)
+
+def draw(key: jax.Array, like: list[jax.Array], paths: list[str]) -> list[jax.Array]:
+    """Draw standard normals shaped like arrays: one stream per dtype, cut up in the order of the paths.
+
+    A stream for each array would compile the generator once for each.
+    """
+    drawn: dict[int, jax.Array] = {}
+    for rank, dtype in enumerate(sorted({str(array.dtype) for array in like})):
+        members = [index for index in sorted(range(len(like)), key=paths.__getitem__) if like[index].dtype == dtype]
+        sizes = [like[index].size for index in members]
+        stream = jax.random.normal(jax.random.fold_in(key, rank), (sum(sizes),), dtype)
+        for index, piece in zip(members, jax.lax.split(stream, sizes), strict=True):
+            drawn[index] = piece.reshape(like[index].shape)
+    return [drawn[index] for index in range(len(like))]
