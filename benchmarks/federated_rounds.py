@@ -176,7 +176,7 @@ def main():
         "# One round of federated averaging",
         "",
         f"{args.participants} clients of 100 examples, batches of 20, one epoch; {args.repeats} timed rounds of each",
-        "side, one at a time and in turn. Times are this machine's and this hour's; the ratios are what the run is for.",
+        "side, one at a time and in turn. Times are this machine's and this hour's; the ratios are what counts.",
         "",
         f"- machine: {processor()}, {len(os.sched_getaffinity(0))} cores, {platform.system()}",
         *(f"- {name}: {text}" for name, text in about.items()),

@@ -33,8 +33,8 @@ def write_report(rows, stem, limit):
 def heading(columns):
     writers = columns == ["writers"]
     clients = (
-        "539 clients, the writers of the digits, of 19 to 131 examples, which count alike in the mean; 20 sampled in a\n"
-        "round, batches of 23, a fifth of the median"
+        "539 clients, the writers of the digits, of 19 to 131 examples, which count alike in the mean;\n"
+        "20 sampled in a round, batches of 23, a fifth of the median"
         if writers
         else "100 clients of 600 examples, 20 sampled in a round, batches of 120"
     )
@@ -42,10 +42,10 @@ def heading(columns):
         "# Rounds to 0.85 test accuracy" + (", natural writers as clients" if writers else ""),
         "",
         f"Logistic regression on MNIST; {clients}.",
-        "Median of 3 seeds (smallest to largest; the local rate). The rate is the best of 0.01, 0.03, 0.1, 0.3, 1 and 3 on",
-        "a seed of its own, of equals the first in the order 0.3, 0.1, 1, 0.03, 3, 0.01; the server's is 1. FedProx has",
-        "mu = 1. Accuracy is measured after each round, on all 10,000 test images, and the first round that reaches the",
-        "target counts, whatever follows.",
+        "Median of 3 seeds (smallest to largest; the local rate). The rate is the best of 0.01, 0.03, 0.1, 0.3, 1 and 3",
+        "on a seed of its own, of equals the first in the order 0.3, 0.1, 1, 0.03, 3, 0.01; the server's is 1. FedProx",
+        "has mu = 1. Accuracy is measured after each round, on all 10,000 test images, and the first round that reaches",
+        "the target counts, whatever follows.",
         *([] if writers else ["In italics, the paper's rounds to 0.5 accuracy on EMNIST, where they are at hand."]),
     ]
 
