@@ -136,4 +136,4 @@ def test_a_reader_that_closes_the_pipe_early_sees_no_traceback():
         "r, w = os.pipe(); os.close(r); os.dup2(w, 1); sys.exit(main(['list']))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, encoding="utf-8")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (1, "")

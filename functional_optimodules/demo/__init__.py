@@ -80,7 +80,7 @@ def _flax(train: digits.Images, test: digits.Images, steps: int, output: Path) -
     return [
         Promise(f"nnx: {nnx.accuracy:.1%} test accuracy, at least {FLAX_ACCURACY:.0%}", nnx.accuracy >= FLAX_ACCURACY),
         Promise(f"linen: {linen:.1%} test accuracy, at least {FLAX_ACCURACY:.0%}", linen >= FLAX_ACCURACY),
-        Promise("a run resumed from its JSON files is bit-identical to one never interrupted", nnx.identical),
+        Promise("a run resumed from its saved files is bit-identical to one never interrupted", nnx.identical),
     ]
 
 
