@@ -1,4 +1,4 @@
-"""Bricks with auxiliary variables that break the contract by one fault each, and the right pair that they are made of."""
+"""A pair of bricks that exchange auxiliary variables, and clients that break the contract by one fault each."""
 
 import random
 from typing import ClassVar
