@@ -1,18 +1,22 @@
 """The data of all clients, given once: flat rows, and where each client's begin.
 
 Unequal clients cost their own examples and nothing more: there is no padding to
-the largest. Over several devices the rows lie in one block a device, each of the
-same number of clients, and never move.
+the largest. Over several devices the rows lie in one block a device, of as many
+clients each to within one, and never move.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from functional_optimodules.federated.blocks import balance, count_examples, find_slots, join_rows, make_table
+from functional_optimodules.federated.placement import SPLIT, WHOLE, automatic, mesh_size, replicate, split
 
 
 @jax.tree_util.register_dataclass
@@ -20,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 class FederatedData:
     """The examples of N clients, in `num_shards` blocks of R slots each.
 
-    Build one with `from_clients` or `from_ids`.
+    Build one with `from_clients`, `from_ids` or, with several processes, `from_local`.
 
     Attributes:
       examples: pytree of arrays whose leading axis is the examples', client after
@@ -30,6 +34,7 @@ class FederatedData:
       ids: int32[num_shards * R], the client of each slot; N in slots without one.
       slots: int32[N], the slot of each client.
       num_shards: the number of blocks.
+      smallest: the number of examples of the smallest client.
       largest: the number of examples of the largest client.
     """
 
@@ -39,6 +44,7 @@ class FederatedData:
     ids: jax.Array
     slots: jax.Array
     num_shards: int = dataclasses.field(metadata={"static": True})
+    smallest: int = dataclasses.field(metadata={"static": True})
     largest: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -47,9 +53,13 @@ class FederatedData:
         return self.slots.shape[0]
 
     @property
-    def client_sizes(self) -> jax.Array:
-        """int32[N], the number of examples of each client."""
-        return self.sizes[self.slots]
+    def per_shard(self) -> int:
+        """R, the number of slots of a block."""
+        return self.ids.shape[0] // self.num_shards
+
+    def specs(self) -> Any:
+        """Say of each array whether it is split over a mesh or whole on every device, as `shard_map` asks."""
+        return dataclasses.replace(jax.tree.map(lambda _: SPLIT, self), slots=WHOLE)
 
     @classmethod
     def from_clients(cls, clients: Sequence[Any], mesh: Mesh | None = None) -> Self:
@@ -65,43 +75,23 @@ class FederatedData:
             differ in their number, or clients differ in anything else; or if the
             mesh has no axis `clients`.
         """
-        if not clients:
+        if not len(clients):
             raise ValueError("FederatedData: there is no client")
+        total = len(clients)
         trees = [jax.tree.map(np.asarray, client) for client in clients]
-        sizes = np.array([_size(tree, index, trees[0]) for index, tree in enumerate(trees)], np.int64)
-        shards = 1 if mesh is None else _axis(mesh)
-        order, per_shard = balance(sizes, shards)
-        blocks = [[trees[client] for client in block] for block in order]
-        rows = max(sum(sizes[client] for client in block) for block in order)
-        leaves, treedef = jax.tree.flatten(trees[0])
-        examples = []
-        for position, like in enumerate(leaves):
-            flat = np.zeros((shards, rows, *like.shape[1:]), like.dtype)
-            for shard, block in enumerate(blocks):
-                parts = [jax.tree.leaves(tree)[position] for tree in block]
-                if parts:
-                    joined = np.concatenate(parts)
-                    flat[shard, : len(joined)] = joined
-            examples.append(flat.reshape(-1, *like.shape[1:]))
-        table = np.zeros((3, shards, per_shard), np.int32)
-        table[2] = len(trees)
-        for shard, block in enumerate(order):
-            counts = sizes[block]
-            table[0, shard, : len(block)] = np.cumsum(counts) - counts
-            table[1, shard, : len(block)] = counts
-            table[2, shard, : len(block)] = block
-        offsets, lengths, ids = table.reshape(3, -1)
-        slots = np.zeros(len(trees), np.int32)
-        slots[ids[ids < len(trees)]] = np.flatnonzero(ids < len(trees))
-        split, whole = _placements(mesh)
-        put = lambda values, place: jax.tree.map(lambda v: jax.device_put(v, place), values)  # noqa: E731
+        sizes = count_examples(trees, range(total))
+        shards = 1 if mesh is None else mesh_size(mesh)
+        blocks = balance(sizes, shards)
+        table = make_table(blocks, sizes, np.arange(total), -(-total // shards), total)
+        rows = max(int(sizes[block].sum()) for block in blocks)
         return cls(
-            examples=put(jax.tree.unflatten(treedef, examples), split),
-            offsets=put(offsets, split),
-            sizes=put(lengths, split),
-            ids=put(ids, split),
-            slots=put(slots, whole),
+            examples=jax.tree.map(lambda flat: split(flat, mesh), join_rows(trees, blocks, rows)),
+            offsets=split(table.offsets, mesh),
+            sizes=split(table.sizes, mesh),
+            ids=split(table.ids, mesh),
+            slots=replicate(find_slots(table.ids, total), mesh),
             num_shards=shards,
+            smallest=int(sizes.min()),
             largest=int(sizes.max()),
         )
 
@@ -125,74 +115,100 @@ class FederatedData:
         order = np.argsort(ids, kind="stable")
         _, starts = np.unique(ids[order], return_index=True)
         groups = np.split(order, starts[1:])
-        return cls.from_clients([jax.tree.map(lambda a, g=group: np.asarray(a)[g], examples) for group in groups], mesh)
+        return cls.from_indices(examples, groups, mesh)
 
+    @classmethod
+    def from_indices(cls, examples: Any, parts: Sequence[Any], mesh: Mesh | None = None) -> Self:
+        """Gather the rows of each client, as the partitioners of `partition` return them.
 
-def balance(sizes: Any, num_shards: int) -> tuple[list[np.ndarray[Any, Any]], int]:
-    """Deal clients out to shards: as many to each, and about as many examples.
+        Args:
+          examples: a pytree of arrays with one example a row.
+          parts: for each client, the indices of its rows.
+          mesh: as for `from_clients`.
 
-    The largest first, each to the shard that has the fewest examples among those
-    with a free slot.
+        Raises:
+          ValueError: as for `from_clients`.
+        """
+        arrays = jax.tree.map(np.asarray, examples)
+        return cls.from_clients([jax.tree.map(lambda a, p=part: a[np.asarray(p)], arrays) for part in parts], mesh)
 
-    Returns:
-      The clients of each shard, in rising order, and the slots of a shard.
-    """
-    sizes = np.asarray(sizes)
-    per_shard = -(-len(sizes) // num_shards)
-    if num_shards == 1:
-        return [np.arange(len(sizes))], per_shard
-    loads, members = np.zeros(num_shards), [[] for _ in range(num_shards)]  # type: ignore[var-annotated]
-    for client in np.argsort(-sizes, kind="stable"):
-        free = [shard for shard in range(num_shards) if len(members[shard]) < per_shard]
-        shard = min(free, key=lambda s: loads[s])
-        members[shard].append(client)
-        loads[shard] += sizes[client]
-    return [np.sort(np.array(block, np.int64)) for block in members], per_shard
+    @classmethod
+    def from_local(cls, clients: Mapping[int, Any], mesh: Mesh) -> Self:
+        """Gather the examples of each client, where every process gives its own clients' only.
 
+        A client's examples stay on the devices of the process that gave them; the
+        processes tell each other the clients' numbers and sizes. All call it at
+        the same time.
 
-def _size(tree: Any, index: int, like: Any) -> int:
-    leaves = jax.tree.leaves(tree)
-    if jax.tree.structure(tree) != jax.tree.structure(like):
-        raise ValueError(
-            f"FederatedData: client {index} has {jax.tree.structure(tree)}, and client 0 another structure"
+        Args:
+          clients: by its number, each client of this process, as for `from_clients`.
+          mesh: devices of all processes, along the axis `clients`.
+
+        Raises:
+          ValueError: in every process, as for `from_clients`, or if the clients of
+            all processes are not numbered from 0 to N - 1, each once.
+        """
+        mesh_size(mesh)
+        names = sorted(clients)
+        trees = [jax.tree.map(np.asarray, clients[name]) for name in names]
+        try:
+            if not trees:
+                raise ValueError(f"FederatedData: process {jax.process_index()} has no client")
+            sizes, fault = count_examples(trees, names), None
+        except ValueError as error:
+            sizes, fault = np.zeros(len(names), np.int64), error
+        own = [device.process_index == jax.process_index() for device in mesh.devices.flat]
+        all_ids, all_sizes, per_shard = _agree(names, sizes, trees, sum(own), fault)
+        blocks = balance(sizes, sum(own))
+        rows = _gather(np.int32(max(int(sizes[block].sum()) for block in blocks))).max()
+        table = make_table(blocks, sizes, np.array(names), per_shard, len(all_ids))
+
+        def spread(local: np.ndarray[Any, Any]) -> jax.Array:
+            return jax.make_array_from_process_local_data(NamedSharding(automatic(mesh), SPLIT), local)
+
+        ids = spread(table.ids)
+        slots = find_slots(np.asarray(multihost_utils.process_allgather(ids, tiled=True)), len(all_ids))
+        return cls(
+            examples=jax.tree.map(spread, join_rows(trees, blocks, int(rows))),
+            offsets=spread(table.offsets),
+            sizes=spread(table.sizes),
+            ids=ids,
+            slots=replicate(slots, mesh),
+            num_shards=len(own),
+            smallest=int(all_sizes.min()),
+            largest=int(all_sizes.max()),
         )
-    counts = {leaf.shape[:1] for leaf in leaves}
-    if len(counts) != 1 or counts == {()}:
-        raise ValueError(f"FederatedData: client {index} has arrays of different numbers of examples: {counts}")
-    if counts == {(0,)}:
-        raise ValueError(f"FederatedData: client {index} has no examples")
-    for leaf, other in zip(leaves, jax.tree.leaves(like), strict=True):
-        if leaf.shape[1:] != other.shape[1:] or leaf.dtype != other.dtype:
-            raise ValueError(
-                f"FederatedData: client {index} has examples of {leaf.dtype}{list(leaf.shape[1:])}, "
-                f"and client 0 of {other.dtype}{list(other.shape[1:])}"
-            )
-    return int(leaves[0].shape[0])
 
 
-def _axis(mesh: Mesh) -> int:
-    if "clients" not in mesh.shape:
-        raise ValueError(f"the mesh has axes {tuple(mesh.shape)}, and none named 'clients'")
-    return int(mesh.shape["clients"])
+def _gather(value: Any) -> np.ndarray[Any, Any]:
+    gathered = multihost_utils.process_allgather(np.asarray(value))
+    return np.asarray(gathered).reshape(jax.process_count(), *np.shape(value))
 
 
-def _placements(mesh: Mesh | None) -> tuple[Any, Any]:
-    if mesh is None:
-        return None, None
-    return NamedSharding(mesh, PartitionSpec("clients")), NamedSharding(mesh, PartitionSpec())
-
-
-def shuffle(key: jax.Array, size: jax.Array, largest: int) -> jax.Array:
-    """Return a random order of `range(size)`, followed by what is not in it.
-
-    The order depends on the key and the size alone, and not on how many indices
-    follow.
-
-    Returns:
-      int32[largest].
-    """
-    indices = jnp.arange(largest, dtype=jnp.int32)
-    # The bits of an index do not depend on how many are drawn; of equal bits, the
-    # last index of all is padding's.
-    bits = jnp.where(indices < size, jax.random.bits(key, (largest,), jnp.uint32), jnp.uint32(2**32 - 1))
-    return jax.lax.sort((bits, indices), num_keys=1, is_stable=True)[1]
+def _agree(
+    names: list[int], sizes: Any, trees: list[Any], num_shards: int, fault: ValueError | None
+) -> tuple[Any, Any, int]:
+    """Tell all processes about all clients; what is wrong in one is an error in each, so that none waits."""
+    like = [jax.tree.map(lambda a: (a.dtype.name, a.shape[1:]), tree) for tree in trees[:1]]
+    about = np.array([fault is not None, zlib.crc32(repr(like).encode()), len(names), num_shards], np.uint32)
+    faults, kinds, counts, shards = _gather(about).T.astype(np.int64)
+    if fault is not None:
+        raise fault
+    if faults.any():
+        raise ValueError(
+            f"FederatedData: the clients of processes {np.flatnonzero(faults).tolist()} were refused there"
+        )
+    if len(set(kinds)) > 1:
+        raise ValueError(
+            "FederatedData: the clients of different processes have examples of different shapes or dtypes"
+        )
+    table = np.zeros((2, counts.max()), np.int32)
+    table[:, : len(names)] = names, sizes
+    each = [rows[:, :count] for rows, count in zip(_gather(table), counts, strict=True)]
+    ids, all_sizes = np.concatenate(each, axis=1)
+    if sorted(ids.tolist()) != list(range(len(ids))):
+        raise ValueError(
+            f"FederatedData: the clients of all processes should be numbered from 0 to {len(ids) - 1}, each once; "
+            f"this one has {names}"
+        )
+    return ids, all_sizes, int((-(-counts // shards)).max())

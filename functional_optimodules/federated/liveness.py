@@ -27,6 +27,7 @@ def kept_leaves(client: Any, server: Any, params: Any) -> tuple[bool, ...]:
         broadcast = jax.eval_shape(lambda p: server.collect_channels(server.init(p)), params)
 
         def begin(state: Any, params: Any, broadcast: Any) -> Any:
+            broadcast = {name: aux.narrow(0) for name, aux in broadcast.items()}
             return client.process_channels(broadcast, client.begin_round(state, params))
 
         starts = _sources(begin, state, params, broadcast)

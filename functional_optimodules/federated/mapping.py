@@ -11,201 +11,141 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from functional_optimodules.federated.data import FederatedData
-from functional_optimodules.federated.reduction import Totals, all_reduce, choose, fill, is_finite
+from functional_optimodules.federated.placement import AXIS, SPLIT, WHOLE, automatic, mesh_size
+from functional_optimodules.federated.reduction import Totals, add, all_reduce, nothing, widened
 
 Mapping = Literal["scan", "vmap"] | int | Mesh | None
+Work = Callable[[Any, Any, jax.Array, jax.Array, list[jax.Array]], tuple[Totals, list[jax.Array]]]
 
-AXIS = "clients"
+# Parameters, gradients, an optimizer's trees and what a step computes on the way: a guess, on the safe side.
+_COPIES_PER_CLIENT = 32
+_LARGEST_CHUNK = 256
 
 
-def chunk_size(mapping: Mapping, participants: int) -> int:
+def mesh_of(mapping: Mapping) -> Mesh | None:
+    """Return the mesh, where the mapping is one."""
+    return automatic(mapping) if isinstance(mapping, Mesh) else None
+
+
+def check_mapping(mapping: Mapping) -> None:
+    """Raise a `ValueError` for what is no mapping, or a mesh without an axis `clients`."""
+    if isinstance(mapping, Mesh):
+        mesh_size(mapping)
+    elif not (mapping in (None, "scan", "vmap") or (type(mapping) is int and mapping >= 1)):
+        raise ValueError(
+            f"Federation: mapping={mapping!r} should be 'scan', 'vmap', a chunk of at least 1, a mesh with an axis "
+            f"{AXIS!r}, or None"
+        )
+
+
+def chunk_size(mapping: Mapping, participants: int, params: Any) -> int:
     """Return how many participants are run at once on a device."""
-    if mapping is None or isinstance(mapping, Mesh):
-        # On CPU a client's own work fills the cores' caches; accelerators want many at once.
-        mapping = "scan" if jax.default_backend() == "cpu" else 64
-    if mapping == "scan":
-        return 1
+    if isinstance(mapping, int):
+        return min(mapping, participants)
     if mapping == "vmap":
         return participants
-    if type(mapping) is not int or mapping < 1:
-        raise ValueError(f"Federation: mapping={mapping!r} should be 'scan', 'vmap', a chunk size, a mesh or None")
-    return min(mapping, participants)
-
-
-def place_bank(rows: Callable[[jax.Array], list[jax.Array]], ids: jax.Array, mapping: Mapping) -> list[jax.Array]:
-    """Make the bank's rows for the clients of each slot, where they belong."""
-    if not isinstance(mapping, Mesh):
-        return rows(ids)
-    shards = mesh_size(mapping)
-    slots = jnp.concatenate([jnp.asarray(ids), jnp.zeros(-len(ids) % shards, jnp.int32)])
-    return jax.jit(rows, out_shardings=NamedSharding(mapping, PartitionSpec(AXIS)))(slots)
-
-
-def mesh_size(mesh: Mesh) -> int:
-    """Return the number of devices along the axis of clients."""
-    if AXIS not in mesh.shape:
-        raise ValueError(f"Federation: the mesh has axes {tuple(mesh.shape)}, and none named {AXIS!r}")
-    return int(mesh.shape[AXIS])
+    # On CPU a client's own work fills the cores' caches; accelerators want many at once.
+    if mapping == "scan" or jax.default_backend() == "cpu":
+        return 1
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 2**33)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    fits = max(1, int(limit // 2 // (_COPIES_PER_CLIENT * max(size, 1))))
+    # A power of two, so that processes whose devices differ by little compile the same program.
+    return min(2 ** (fits.bit_length() - 1), _LARGEST_CHUNK, participants)
 
 
 def run_participants(
-    federation: Any, state: Any, data: Any, participants: jax.Array, broadcast: Any, key: jax.Array, options: Any
+    mapping: Mapping, work: Work, shared: Any, data: Any, bank: list[jax.Array], slots: jax.Array
 ) -> tuple[Totals, list[jax.Array]]:
-    """Run the participants of a round, and return their totals and the new bank."""
-    mesh = federation.mapping
-    if not isinstance(mesh, Mesh):
-        slots = data.slots[participants] if isinstance(data, FederatedData) else participants
-        return _loop(federation, state, data, participants, slots, None, broadcast, key, options)
-    shards = mesh_size(mesh)
-    held = isinstance(data, FederatedData)
-    if held and data.num_shards != shards:
-        raise ValueError(f"Federation: data in {data.num_shards} blocks, for a mesh of {shards}: build it with `mesh`")
+    """Run the participants of a round.
 
-    def local(
-        bank: Any, data: Any, rest: Any, participants: jax.Array, broadcast: Any, key: jax.Array, options: Any
-    ) -> Any:
-        per_shard = data.sizes.shape[0] if held else (bank[0].shape[0] if bank else participants.shape[0])
-        slots = data.slots[participants] if held else participants
-        first = jax.lax.axis_index(AXIS) * per_shard
-        mine = (slots >= first) & (slots < first + per_shard)
-        order = jnp.argsort(~mine, stable=True)
-        totals, bank = _loop(
-            federation,
-            rest._replace(bank=bank),
-            data,
-            participants,
-            slots - first,
-            (order, jnp.sum(mine, dtype=jnp.int32)),
-            broadcast,
-            key,
-            options,
+    Args:
+      mapping: how.
+      work: `(shared, data, index, slot, row) -> totals, row`: the work of the participant
+        of that index, whose rows are in that slot.
+      shared: what all participants share, with `params`.
+      data: `FederatedData`, or what else the participants share.
+      bank: what clients keep between rounds, by slot.
+      slots: int32[S], the slot of each participant.
+
+    Returns:
+      The totals and the new bank.
+    """
+    chunk = chunk_size(mapping, slots.shape[0], shared.params)
+    mesh = mesh_of(mapping)
+    if mesh is None:
+        return _loop(work, chunk, shared, data, bank, slots, None)
+
+    held = isinstance(data, FederatedData)
+    if held and data.num_shards != mesh_size(mesh):
+        raise ValueError(
+            f"Federation: data in {data.num_shards} blocks, for a mesh of {mesh_size(mesh)}: build it with that `mesh`"
         )
+
+    def local(shared: Any, data: Any, bank: list[jax.Array], slots: jax.Array) -> Any:
+        device = jax.lax.axis_index(AXIS)
+        if bank or held:
+            owned = bank[0].shape[0] if bank else data.ids.shape[0]
+            mine, slots = slots // owned == device, slots % owned
+        else:
+            mine = jnp.arange(slots.shape[0]) % mesh_size(mesh) == device
+        totals, bank = _loop(work, chunk, shared, data, bank, slots, mine)
         return all_reduce(totals, AXIS), bank
 
-    split, whole = PartitionSpec(AXIS), PartitionSpec()
-    blocks: Any = whole
-    if held:
-        blocks = FederatedData(split, split, split, split, whole, data.num_shards, data.largest)  # type: ignore[arg-type]
-    mapped = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(split, blocks, whole, whole, whole, whole, whole),
-        out_specs=(whole, split),
-        check_vma=False,
-    )
-    return mapped(state.bank, data, state._replace(bank=[]), participants, broadcast, key, options)
+    specs = WHOLE, data.specs() if held else WHOLE, SPLIT, WHOLE
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(WHOLE, SPLIT), check_vma=False)
+    return run(shared, data, bank, slots)
 
 
 def _loop(
-    federation: Any,
-    state: Any,
+    work: Work,
+    chunk: int,
+    shared: Any,
     data: Any,
-    participants: jax.Array,
+    bank: list[jax.Array],
     slots: jax.Array,
-    owned: tuple[jax.Array, jax.Array] | None,
-    broadcast: Any,
-    key: jax.Array,
-    options: Any,
+    mine: jax.Array | None,
 ) -> tuple[Totals, list[jax.Array]]:
-    """Run participants chunk after chunk: all of them, or the first `owned[1]` in the order `owned[0]`."""
-    total = participants.shape[0]
-    chunk = chunk_size(federation.mapping, total)
-    order, count = (jnp.arange(total), total) if owned is None else owned
+    """Run participants chunk after chunk: all of them, or those that are mine."""
+    total = slots.shape[0]
+    order: Any = jnp.arange(total) if mine is None else jnp.argsort(~mine, stable=True)
+    count = total if mine is None else jnp.sum(mine, dtype=jnp.int32)
     order = jnp.pad(order, (0, -total % chunk))
-    rows = state.bank[0].shape[0] if state.bank else 0
+    rows = bank[0].shape[0] if bank else 0
+    shapes = jax.eval_shape(
+        lambda *args: work(*args)[0], shared, data, jnp.int32(0), jnp.int32(0), [leaf[0] for leaf in bank]
+    )
 
     def one(index: jax.Array, active: jax.Array, row: list[jax.Array]) -> Any:
-        """Run a participant, unless it is padding; what it came to, and its row."""
-
-        def run(row: list[jax.Array]) -> Any:
-            batches = federation.batches(data, slots[index], index, options)
-            client_key = jax.random.fold_in(key, participants[index])
-            report, new = federation.work(state, row, broadcast, batches, client_key)
-            finite = is_finite((report.delta, report.auxes))
-            stays = jnp.array(True) if options["dropped"] is None else ~options["dropped"][index]
-            if federation.on_nonfinite == "skip":
-                stays = stays & finite
-            weight = _weight(federation, report, index, options)
-            here = Totals(
-                delta=jax.tree.map(lambda d: jnp.where(stays, weight.astype(d.real.dtype) * d, 0), report.delta),
-                weight=jnp.where(stays, weight, 0),
-                auxes={
-                    name: _taken(federation, name, aux, participants[index], stays)
-                    for name, aux in report.auxes.items()
-                },
-                joined=stays.astype(jnp.float32),
-                metrics=report.metrics,
-                examples=report.examples,
-                finite=finite.astype(jnp.float32),
-            )
-            return here, choose(stays, new, row)
-
-        shapes = jax.eval_shape(run, row)[0]
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        nothing = nothing._replace(auxes={name: fill(aux) for name, aux in shapes.auxes.items()})
         # The branch is also what keeps XLA from reading the row again after it is
         # written, and from copying the whole bank for that.
-        return jax.lax.cond(active, run, lambda row: (nothing, row), row)
+        return jax.lax.cond(
+            active,
+            lambda row: work(shared, data, index, slots[index], row),
+            lambda row: (nothing(shapes), row),
+            row,
+        )
 
-    def body(step: jax.Array, carry: Any) -> Any:
+    def run_one(step: jax.Array, carry: Any) -> Any:
         totals, bank = carry
-        at = step * chunk + jnp.arange(chunk)
-        index, active = jax.lax.dynamic_slice(order, (step * chunk,), (chunk,)), at < count
-        where = jnp.where(active, slots[index], rows)
-        if chunk == 1:
-            here, new = one(
-                index[0], active[0], [jax.lax.dynamic_index_in_dim(leaf, where[0], keepdims=False) for leaf in bank]
-            )
-            bank = [
-                jax.lax.dynamic_update_index_in_dim(leaf, value, where[0], 0)
-                for leaf, value in zip(bank, new, strict=True)
-            ]
-            return _add(totals, here, index[0]), bank
-        here, new = jax.vmap(one)(index, active, [leaf[jnp.minimum(where, rows - 1)] for leaf in bank])
-        bank = [leaf.at[where].set(value, mode="drop") for leaf, value in zip(bank, new, strict=True)]
-        return jax.lax.scan(lambda t, each: (_add(t, *each), None), totals, (here, index))[0], bank
+        index = order[step]
+        at = slots[index]
+        row = [jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False) for leaf in bank]
+        here, new = one(index, step < count, row)
+        write = jax.lax.dynamic_update_index_in_dim
+        return add(totals, here, index), [write(leaf, value, at, 0) for leaf, value in zip(bank, new, strict=True)]
 
-    index = jnp.int32(0)
-    shapes = jax.eval_shape(lambda bank: one(index, jnp.array(True), [leaf[0] for leaf in bank])[0], state.bank)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    per_client = lambda leaf: jnp.zeros(total, leaf.dtype)  # noqa: E731
-    zeros = zeros._replace(
-        auxes={name: fill(aux) for name, aux in shapes.auxes.items()},
-        metrics=jax.tree.map(per_client, shapes.metrics),
-        examples=per_client(shapes.examples),
-        finite=per_client(shapes.finite),
-    )
-    steps = -(-count // chunk)
-    return jax.lax.fori_loop(0, steps, body, (zeros, list(state.bank)))
+    def run_chunk(step: jax.Array, carry: Any) -> Any:
+        totals, bank = carry
+        index = jax.lax.dynamic_slice(order, (step * chunk,), (chunk,))
+        active = step * chunk + jnp.arange(chunk) < count
+        at = jnp.where(active, slots[index], rows)
+        here, new = jax.vmap(one)(index, active, [leaf[jnp.minimum(at, rows - 1)] for leaf in bank])
+        bank = [leaf.at[at].set(value, mode="drop") for leaf, value in zip(bank, new, strict=True)]
+        return jax.lax.scan(lambda t, each: (add(t, *each), None), totals, (here, index))[0], bank
 
-
-def _weight(federation: Any, report: Any, index: jax.Array, options: Any) -> jax.Array:
-    if options["weights"] is not None:
-        return options["weights"][index].astype(jnp.float32)
-    return report.examples if federation.weighting == "examples" else jnp.float32(1)
-
-
-def _taken(federation: Any, name: str, aux: Any, client: jax.Array, stays: jax.Array) -> Any:
-    if any("per-client" in marks for marks in aux.variables().values()):
-        aux = aux.widen(client, federation.server.channels()[name].num_clients)
-    return choose(stays, aux, fill(aux))
-
-
-def _merge(totals: Totals, here: Totals) -> dict[str, Any]:
-    return {name: aux.merge(here.auxes[name]) for name, aux in totals.auxes.items()}
-
-
-def _add(totals: Totals, here: Totals, index: jax.Array) -> Totals:
-    put = lambda total, value: total.at[index].add(value)  # noqa: E731
-    return Totals(
-        delta=jax.tree.map(jnp.add, totals.delta, here.delta),
-        weight=totals.weight + here.weight,
-        auxes=_merge(totals, here),
-        joined=totals.joined + here.joined,
-        metrics=jax.tree.map(put, totals.metrics, here.metrics),
-        examples=put(totals.examples, here.examples),
-        finite=put(totals.finite, here.finite),
-    )
+    start = nothing(widened(shapes, total)), list(bank)
+    return jax.lax.fori_loop(0, -(-count // chunk), run_one if chunk == 1 else run_chunk, start)

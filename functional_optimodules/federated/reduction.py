@@ -17,37 +17,68 @@ class Totals(NamedTuple):
       delta: weighted sum of their deltas, shaped like the parameters.
       weight: sum of their weights.
       auxes: their auxiliary variables, reduced, by name.
-      joined: how many took part to the end.
       metrics: by name, float32[S], one value for each participant; 0 for those absent.
-      examples: float32[S], how many examples each stepped over.
+      examples: float32[S], how many examples each has.
+      joined: float32[S], 1 where a participant took part to the end.
       finite: float32[S], 1 where all that a participant sent is finite.
     """
 
     delta: Any
     weight: jax.Array
     auxes: dict[str, Any]
-    joined: jax.Array
     metrics: dict[str, jax.Array]
     examples: jax.Array
+    joined: jax.Array
     finite: jax.Array
 
 
-def fill(aux: FromClients, batch: tuple[int, ...] = ()) -> FromClients:
+def fill(aux: FromClients) -> FromClients:
     """Return variables that change nothing when merged with others."""
 
     def neutral(marks: frozenset[str]) -> Callable[[Any], jax.Array]:
         def make(leaf: Any) -> jax.Array:
             if not marks & {"max", "min"}:
-                return jnp.zeros(batch + leaf.shape, leaf.dtype)
+                return jnp.zeros(leaf.shape, leaf.dtype)
             inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
             info = jnp.finfo(leaf.dtype) if inexact else jnp.iinfo(leaf.dtype)
             bound = info.min if "max" in marks else info.max
-            return jnp.full(batch + leaf.shape, bound, leaf.dtype)
+            return jnp.full(leaf.shape, bound, leaf.dtype)
 
         return make
 
     fields = {name: jax.tree.map(neutral(marks), getattr(aux, name)) for name, marks in aux.variables().items()}
     return type(aux)(**fields)
+
+
+def nothing(like: Totals) -> Totals:
+    """Return totals, of such shapes, over no client."""
+    zeros: Totals = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+    return zeros._replace(auxes={name: fill(aux) for name, aux in like.auxes.items()})
+
+
+def widened(like: Totals, participants: int) -> Totals:
+    """Return the shapes of the totals of a round, from those of one client's."""
+    per_client: Callable[[Any], Any] = lambda leaf: jax.ShapeDtypeStruct((participants,), leaf.dtype)  # noqa: E731
+    return like._replace(
+        metrics=jax.tree.map(per_client, like.metrics),
+        examples=per_client(like.examples),
+        joined=per_client(like.joined),
+        finite=per_client(like.finite),
+    )
+
+
+def add(totals: Totals, one: Totals, index: jax.Array) -> Totals:
+    """Add what one participant came to."""
+    put: Callable[[Any, Any], Any] = lambda total, value: total.at[index].add(value)  # noqa: E731
+    return Totals(
+        delta=jax.tree.map(jnp.add, totals.delta, one.delta),
+        weight=totals.weight + one.weight,
+        auxes={name: aux.merge(one.auxes[name]) for name, aux in totals.auxes.items()},
+        metrics=jax.tree.map(put, totals.metrics, one.metrics),
+        examples=put(totals.examples, one.examples),
+        joined=put(totals.joined, one.joined),
+        finite=put(totals.finite, one.finite),
+    )
 
 
 def is_finite(tree: Any) -> jax.Array:
