@@ -9,10 +9,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from functional_optimodules.core.paths import Specs
 from functional_optimodules.core.plugin import Plugin
 from functional_optimodules.core.session import Session
 
-FACADE = frozenset({"setup", "run", "on_round_start", "get_state", "set_state", "state", "reset"})
+FACADE = frozenset({"setup", "run", "on_round_start", "get_state", "set_state", "state", "reset", "save", "load"})
 AUX_FACADE = frozenset({"collect_aux_var", "retract_aux_var", "process_aux_var"})
 CONFIG = frozenset({"get_config", "from_config", "from_specs", "bare"})
 
@@ -82,6 +83,36 @@ class Facade(Plugin, kind="facade"):
             parameters, or an array is malformed. The state stays as it was.
         """
         self._session.load(state)
+
+    def save(self, state: Any, params: Any) -> dict[str, Any]:
+        """Write a state of the pure methods, such as `TrainState.opt_state`, as `get_state` writes the facade's.
+
+        Args:
+          state: the state; the facade's own is neither read nor changed.
+          params: the parameters that it was made for, or their shapes.
+        """
+        session = Session(self.bare())
+        session.state, session.specs = state, Specs.of(params)
+        return session.save()
+
+    def load(self, saved: Mapping[str, Any], params: Any) -> Any:
+        """Read a state of the pure methods that `save`, or `get_state`, wrote.
+
+        Args:
+          saved: what was written.
+          params: the parameters to hang it on, or their shapes, in any container.
+
+        Raises:
+          KeyError, TypeError, ValueError: as `set_state` does.
+        """
+        session = Session(self.bare())
+        session.specs = Specs.of(params)
+        session.load(saved)
+        if session.specs is None:
+            raise ValueError(
+                f"{type(self).__name__}: there is nothing to load: no parameters were known when it was saved"
+            )
+        return session.state
 
     @property
     def state(self) -> Any:

@@ -1,0 +1,76 @@
+"""States of the pure methods as JSON, and back."""
+
+import json
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax.training.train_state import TrainState
+
+import functional_optimodules as fo
+
+PARAMS = {"w": jnp.arange(6.0).reshape(3, 2), "b": jnp.ones(2)}
+GRADIENTS = jax.tree.map(lambda leaf: leaf + 0.5, PARAMS)
+
+
+def optimizer() -> fo.Optimizer:
+    return fo.Optimizer(0.1, regularizers=["fedprox"], modules=["l2-global-clipping", ("adam", {"amsgrad": True})])
+
+
+def written(payload):
+    return json.loads(json.dumps(payload, allow_nan=False))
+
+
+def test_the_state_of_a_train_state_is_saved_and_continued_bit_by_bit():
+    start = TrainState.create(apply_fn=None, params=PARAMS, tx=optimizer()).apply_gradients(grads=GRADIENTS)
+    saved = written(start.tx.save(start.opt_state, start.params))
+    fresh = TrainState.create(apply_fn=None, params=start.params, tx=optimizer())
+    fresh = fresh.replace(step=start.step, opt_state=fresh.tx.load(saved, fresh.params))
+    chex.assert_trees_all_equal(
+        fresh.apply_gradients(grads=GRADIENTS).opt_state, start.apply_gradients(grads=GRADIENTS).opt_state
+    )
+
+
+def test_the_facade_and_the_pure_methods_read_what_the_other_wrote():
+    brick, state = optimizer(), optimizer().init(PARAMS)
+    _, state = brick.update(GRADIENTS, state, PARAMS)
+    brick.set_state(written(brick.save(state, PARAMS)))
+    chex.assert_trees_all_equal(brick.load(written(brick.get_state()), PARAMS), state)
+
+
+def test_a_state_is_loaded_into_another_container():
+    class Pair(NamedTuple):
+        w: jax.Array
+        b: jax.Array
+
+    module = fo.MomentumModule()
+    _, state = module.update(GRADIENTS, module.init(PARAMS))
+    loaded = module.load(written(module.save(state, PARAMS)), jax.eval_shape(lambda: Pair(**PARAMS)))
+    assert isinstance(loaded.velocity, Pair)
+    chex.assert_trees_all_equal(loaded.velocity._asdict(), state.velocity)
+
+
+def test_saving_a_pure_state_leaves_the_facade_alone():
+    module = fo.MomentumModule()
+    module.run(GRADIENTS)
+    before = module.get_state()
+    module.load(module.save(module.init(PARAMS), PARAMS), PARAMS)
+    assert module.get_state() == before
+
+
+@pytest.mark.parametrize(
+    ("saved", "error", "message"),
+    [
+        (fo.YogiModule().save(fo.YogiModule().init(PARAMS), PARAMS), ValueError, "that of 'yogi', not of 'adam'"),
+        (fo.AdamModule().get_state(), ValueError, "nothing to load"),
+        (fo.AdamModule().save(fo.AdamModule().init({"w": PARAMS["w"]}), {"w": PARAMS["w"]}), ValueError, "'b'"),
+        ({}, KeyError, "lacks 'name'"),
+        (optax.EmptyState(), TypeError, "a mapping"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused(saved, error, message):
+    with pytest.raises(error, match=message):
+        fo.AdamModule().load(saved, PARAMS)
