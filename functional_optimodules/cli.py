@@ -45,13 +45,17 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _require_packages(what: str) -> None:
     missing = [project for module, project in _DEMO_PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UsageError(
-            f"the demo needs {' and '.join(missing)}: install with `pip install 'functional_optimodules[demo]'`, "
+            f"{what} needs {' and '.join(missing)}: install with `pip install 'functional_optimodules[demo]'`, "
             "or from a clone of the repository with `pip install '.[demo]'`"
         )
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    _require_packages("the demo")
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -63,6 +67,30 @@ def _demo(arguments: argparse.Namespace) -> int:
     for what in broken:
         print(f"{_PROGRAM}: the demo did not keep its promise: {what}", file=sys.stderr)
     return 1 if broken else 0
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", type=Path, metavar="EXPERIMENT.toml", help="what to run")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="where results go, and what is resumed (default: the file's name)"
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    _require_packages("an experiment")
+    from functional_optimodules.experiments.run import run_experiment
+
+    output = arguments.output or Path(arguments.experiment.stem)
+    try:
+        run_experiment(arguments.experiment, output)
+    except FloatingPointError as error:
+        print(f"{_PROGRAM}: {error}", file=sys.stderr)
+        return 1
+    except KeyError as error:
+        raise UsageError(f"{arguments.experiment}: {error.args[0]}") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise UsageError(f"{arguments.experiment}: {error}") from error
+    return 0
 
 
 def _list_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +106,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 COMMANDS = (
     Command("demo", "train on real images, in Flax and between federated clients", _demo_arguments, _demo),
+    Command("run", "run a federated experiment, or resume one", _run_arguments, _run),
     Command("list", "list the plug-ins with their hyper-parameters", _list_arguments, _list),
 )
 

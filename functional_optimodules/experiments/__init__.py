@@ -1,0 +1,1 @@
+"""Federated experiments from one TOML file: `functional-optimodules run experiment.toml`."""
