@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from functional_optimodules.federated import checks, driver, evaluation, saving
@@ -145,11 +146,12 @@ class Federation:
         participants = checks.check_round(self, state, data, participants, num_steps, mask, weights, dropped)
         count = participants.shape[0]
         if num_steps is None and not isinstance(data, FederatedData):
-            num_steps = jnp.full(count, jax.tree.leaves(data)[0].shape[1], jnp.int32)
+            num_steps = jnp.full(count, np.shape(jax.tree.leaves(data)[0])[1], jnp.int32)
+        data, options = jax.tree.map(jnp.asarray, (data, (num_steps, mask, weights, dropped)))
         server = self.server.begin_round(state.server, state.params)
         broadcast = self.server.collect_channels(server)
         key = jax.random.fold_in(state.key, state.round)
-        shared = Shared(state.params, participants, broadcast, key, num_steps, mask, weights, dropped)
+        shared = Shared(state.params, participants, broadcast, key, *options)
         slots = data.slots if isinstance(data, FederatedData) else state.slots
         slots = slots[participants] if slots.shape[0] else jnp.arange(count, dtype=jnp.int32)
         kept = kept_leaves(self.client, self.server, state.params)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.placement import AXIS, SPLIT, WHOLE, automatic, mesh_size
-from functional_optimodules.federated.reduction import Totals, add, all_reduce, nothing, widened
+from functional_optimodules.federated.reduction import Totals, add, all_reduce, choose, nothing, widened
 
 Mapping = Literal["scan", "vmap"] | int | Mesh | None
 Work = Callable[[Any, Any, jax.Array, jax.Array, list[jax.Array]], tuple[Totals, list[jax.Array]]]
@@ -119,22 +119,16 @@ def _loop(
         lambda *args: work(*args)[0], shared, data, jnp.int32(0), jnp.int32(0), [leaf[0] for leaf in bank]
     )
 
-    def one(index: jax.Array, active: jax.Array, row: list[jax.Array]) -> Any:
-        # The branch is also what keeps XLA from reading the row again after it is
-        # written, and from copying the whole bank for that.
-        return jax.lax.cond(
-            active,
-            lambda row: work(shared, data, index, slots[index], row),
-            lambda row: (nothing(shapes), row),
-            row,
-        )
-
+    # Each branch below is also what keeps XLA from reading rows again after they are
+    # written, and from copying the whole bank for that.
     def run_one(step: jax.Array, carry: Any) -> Any:
         totals, bank = carry
         index = order[step]
         at = slots[index]
         row = [jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False) for leaf in bank]
-        here, new = one(index, step < count, row)
+        here, new = jax.lax.cond(
+            step < count, lambda row: work(shared, data, index, at, row), lambda row: (nothing(shapes), row), row
+        )
         write = jax.lax.dynamic_update_index_in_dim
         return add(totals, here, index), [write(leaf, value, at, 0) for leaf, value in zip(bank, new, strict=True)]
 
@@ -143,7 +137,17 @@ def _loop(
         index = jax.lax.dynamic_slice(order, (step * chunk,), (chunk,))
         active = step * chunk + jnp.arange(chunk) < count
         at = jnp.where(active, slots[index], rows)
-        here, new = jax.vmap(one)(index, active, [leaf[jnp.minimum(at, rows - 1)] for leaf in bank])
+
+        def one(index: jax.Array, active: jax.Array, row: list[jax.Array]) -> Any:
+            # A branch for each would copy the data for each.
+            return choose(active, work(shared, data, index, slots[index], row), (nothing(shapes), row))
+
+        here, new = jax.lax.cond(
+            step * chunk < count,
+            lambda rows: jax.vmap(one)(index, active, rows),
+            lambda rows: (jax.vmap(lambda _: nothing(shapes))(index), rows),
+            [leaf[jnp.minimum(at, rows - 1)] for leaf in bank],
+        )
         bank = [leaf.at[at].set(value, mode="drop") for leaf, value in zip(bank, new, strict=True)]
         return jax.lax.scan(lambda t, each: (add(t, *each), None), totals, (here, index))[0], bank
 

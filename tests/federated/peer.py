@@ -16,9 +16,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from federated import problem  # noqa: E402
-
-from functional_optimodules.federated import FederatedData, clients_mesh, processes  # noqa: E402
+from federated import problem
+from functional_optimodules.federated import FederatedData, clients_mesh, processes
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast")
 
@@ -50,7 +49,9 @@ def mesh(output: Path) -> None:
     found: dict[str, Any] = {}
     federation = problem.federation(mapping=mesh)
     state = federation.init(problem.params(), data, seed=3)
-    program = jax.jit(lambda s, d: federation.run(s, d, 5, participants=3), donate_argnums=0).lower(state, data).compile()
+    program = (
+        jax.jit(lambda s, d: federation.run(s, d, 5, participants=3), donate_argnums=0).lower(state, data).compile()
+    )
     text = program.as_text()
     found["collectives"] = {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}
     found["shards"] = [len(leaf.sharding.device_set) for leaf in state.bank]

@@ -1,0 +1,99 @@
+"""The same experiment gives the same numbers, wherever and however it is run."""
+
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import functional_optimodules as fo
+from functional_optimodules.federated import FederatedData
+from functional_optimodules.federated.batches import shuffle
+
+from . import problem
+
+GRADIENT = jax.jit(jax.grad(lambda params, batch: jnp.mean(problem.loss(params, batch))))
+
+
+def close(left: Any, right: Any) -> None:
+    for name in left:
+        np.testing.assert_allclose(left[name], right[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+@functools.cache
+def data() -> FederatedData:
+    return FederatedData.from_clients(problem.clients())
+
+
+@functools.cache
+def one_by_one() -> Any:
+    return problem.run(problem.federation(mapping="scan"), data())
+
+
+def wire(message: Any) -> Any:
+    return json.loads(json.dumps(message, allow_nan=False))
+
+
+def local_batches(client: int, round_key: jax.Array) -> Any:
+    """The client's batches in a round, as an engine that runs it alone would make them."""
+    examples = problem.clients()[client]
+    size = len(examples["y"])
+    key = jax.random.fold_in(round_key, client)
+    for epoch in range(problem.EPOCHS):
+        order = np.asarray(shuffle(jax.random.fold_in(jax.random.fold_in(key, epoch), 0), jnp.int32(size), size))
+        for start in range(0, size, problem.BATCH):
+            yield {name: values[order[start : start + problem.BATCH]] for name, values in examples.items()}
+
+
+def test_stateful_optimizers_that_exchange_json_reach_the_same_parameters() -> None:
+    final, history = one_by_one()
+    client, server = problem.optimizers()
+    server = fo.Optimizer.from_config(wire(server.get_config()))
+    clients = [fo.Optimizer.from_config(wire(client.get_config())) for _ in range(problem.NUM_CLIENTS)]
+    params = problem.params()
+    server.setup(params)
+    for number, participants in enumerate(np.asarray(history["participants"])):
+        server.start_round()
+        message = wire(server.collect_aux_var())
+        uploads, deltas, examples = {}, [], []
+        for index in participants.tolist():
+            local, weights = clients[index], params
+            local.start_round()
+            local.process_aux_var(message)
+            for batch in local_batches(index, jax.random.fold_in(jax.random.key(3), number)):
+                weights = local.apply_gradients(weights, GRADIENT(weights, batch))
+            uploads[str(index)] = wire(local.collect_aux_var()["scaffold"])
+            deltas.append(jax.tree.map(lambda new, old: np.asarray(old - new), weights, params))
+            examples.append(problem.SIZES[index])
+        server.process_aux_var({"scaffold": uploads})
+        mean = jax.tree.map(lambda *each, n=examples: jnp.asarray(np.average(each, axis=0, weights=n)), *deltas)
+        params = server.apply_gradients(params, mean)
+    close(params, final.params)
+
+
+@pytest.mark.parametrize("mapping", ["vmap", 2])
+def test_participants_together_or_in_chunks_give_the_same_parameters_and_metrics(mapping: Any) -> None:
+    state, history = problem.run(problem.federation(mapping=mapping), data())
+    close(state.params, one_by_one()[0].params)
+    close(history, one_by_one()[1])
+
+
+def test_two_processes_of_two_devices_give_the_same_parameters_and_metrics(peers: Any) -> None:
+    peers.finish("experiment", count=2, devices=2)
+    final, history = one_by_one()
+    with np.load(peers.folder / "out.npz") as found:
+        close({**final.params, **history}, found)
+        each = problem.federation().evaluate(final.params, data())["loss"]
+        np.testing.assert_allclose(found["each"], each, atol=1e-5)
+
+
+def test_each_process_saves_its_own_clients_rows_and_together_they_are_all(peers: Any) -> None:
+    final, _ = one_by_one()
+    whole = problem.federation().encode(final)
+    parts = [json.loads((peers.folder / f"state-{i}.json").read_text()) for i in range(2)]
+    assert [len(part["clients"]) for part in parts] == [4, 3]
+    assert sorted(parts[0]["clients"] + parts[1]["clients"]) == whole["clients"] == list(range(problem.NUM_CLIENTS))
+    assert parts[0]["values"] == parts[1]["values"]
