@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from functional_optimodules.core.chacha import CHACHA20
+from functional_optimodules.core.fields import require_keys
 from functional_optimodules.core.paths import Specs, is_path_tree, keystr, read_dtype, read_shape
 
 KEY = "key:"
@@ -193,14 +194,7 @@ class Layout:
         """
         if not isinstance(payload, Mapping):
             raise ValueError(f"{owner}: 'variables' should be a mapping, not {payload!r}")
-        for name in self.parts:
-            if name not in payload:
-                raise KeyError(f"{owner}: the state lacks the variable {name!r}")
-        for name in payload:
-            if name not in self.parts:
-                raise KeyError(
-                    f"{owner}: the state has an unknown variable {name!r}, where there is {list(self.parts)}"
-                )
+        require_keys(payload, self.parts, f"{owner}: the state", "variable")
         return jax.tree.unflatten(self.treedef, [self._decode(payload, specs, name, owner) for name in self.parts])
 
     def _decode(self, payload: Mapping[str, Any], specs: Specs, name: str, owner: str) -> Any:

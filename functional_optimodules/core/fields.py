@@ -103,6 +103,16 @@ def nearest(name: object, known: typing.Iterable[str]) -> str:
     return f"there is {', '.join(repr(known) for known in names) or 'none'}"
 
 
+def require_keys(found: Mapping[str, Any], expected: typing.Collection[str], what: str, kind: str = "key") -> None:
+    """Raise a `KeyError` that names a missing or an unknown key of a mapping."""
+    for key in expected:
+        if key not in found:
+            raise KeyError(f"{what} lacks the {kind} {key!r}")
+    for key in found:
+        if key not in expected:
+            raise KeyError(f"{what} has an unknown {kind} {key!r}: {nearest(key, expected)}")
+
+
 def describe(annotation: Any) -> str:
     """Write an annotation as a reader would: `int | None`, `tuple[Regularizer, ...]`."""
     if annotation is type(None):

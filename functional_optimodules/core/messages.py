@@ -14,10 +14,10 @@ import numpy as np
 
 from functional_optimodules.core.aux_var import AuxVar, FromClients
 from functional_optimodules.core.encoding import decode_array, decode_tree, encode_array, encode_tree
-from functional_optimodules.core.fields import nearest
+from functional_optimodules.core.fields import require_keys
 from functional_optimodules.core.paths import Specs, specs_from_json
 
-_KEYS = {"aux_name", "sender", "params", "variables"}
+_KEYS = ("aux_name", "sender", "params", "variables")
 
 
 def encode_message(aux: AuxVar, aux_name: str, specs: Specs) -> dict[str, Any]:
@@ -78,10 +78,7 @@ def _open(message: Any, client: str | None, aux_name: str, receives: type[AuxVar
         raise TypeError(f"{what} should be a message, as `collect_aux_var` gives, not {type(message).__name__}")
     if "per_client" in message:
         raise TypeError(f"{what} holds one message for each client: hand each its own, message['per_client'][client]")
-    for key in sorted(_KEYS - set(message)):
-        raise KeyError(f"{what} is no message, for it lacks {key!r}")
-    for key in sorted(set(message) - _KEYS):
-        raise KeyError(f"{what} has an unknown key {key!r}: {nearest(key, _KEYS)}")
+    require_keys(message, _KEYS, what)
     if message["aux_name"] != aux_name:
         raise ValueError(f"{what} is for {message['aux_name']!r}, not for {aux_name!r}")
     if message["sender"] != receives.sender:
@@ -101,12 +98,7 @@ def decode_message(envelope: Envelope, receives: type[AuxVar], specs: Specs) -> 
     if not isinstance(payload, Mapping):
         raise TypeError(f"{what}: 'variables' should be a mapping, not {type(payload).__name__}")
     fields = receives.variables()
-    for name in fields:
-        if name not in payload:
-            raise KeyError(f"{what} lacks the variable {name!r}")
-    for name in payload:
-        if name not in fields:
-            raise KeyError(f"{what} has an unknown variable {name!r}: {nearest(name, fields)}")
+    require_keys(payload, fields, what, "variable")
     return receives(
         **{name: _decode(payload[name], marks, specs, f"{what}, variable {name!r}") for name, marks in fields.items()}
     )

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from functional_optimodules.core.encoding import Layout
 from functional_optimodules.core.facade import CONFIG
+from functional_optimodules.core.fields import require_keys
 from functional_optimodules.core.numerics import real
 from functional_optimodules.core.paths import Specs
 from functional_optimodules.core.plugin import Plugin
@@ -97,8 +98,7 @@ class Scheduler(Plugin, kind="scheduler"):
         owner = type(self).__name__
         if not isinstance(state, Mapping):
             raise TypeError(f"{owner}: a state is a mapping, not {type(state).__name__}")
-        for key in sorted({"name", "variables"} ^ set(state)):
-            raise KeyError(f"{owner}: the state should have 'name' and 'variables': see {key!r}")
+        require_keys(state, ("name", "variables"), f"{owner}: the state")
         if state["name"] != self.name:
             raise ValueError(f"{owner}: the state is that of {state['name']!r}, not of {self.name!r}")
         self._set(_compiled(self.bare()).layout.decode(state["variables"], _NO_PARAMS, owner))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from functional_optimodules.core.aux_var import AuxVar, FromServer
 from functional_optimodules.core.compiled import Compiled, compiled
-from functional_optimodules.core.fields import nearest
+from functional_optimodules.core.fields import nearest, require_keys
 from functional_optimodules.core.messages import decode_message, encode_message, open_envelopes
 from functional_optimodules.core.paths import Specs, specs_from_json
 
@@ -179,8 +179,8 @@ class Session:
         for name, each in opened.items():
             with jax.ensure_compile_time_eval():  # under a trace, what is refused is the call, below
                 decoded = {e.client: decode_message(e, channels[name].receives, specs) for e in each}
-            clients += tuple(who for who in decoded if who is not None and who not in clients)
-            auxes[name] = self._reduce(decoded, clients, channels[name])
+                clients += tuple(who for who in decoded if who is not None and who not in clients)
+                auxes[name] = self._reduce(decoded, clients, channels[name])
         # The state is made after the messages were read: shapes that their bytes do not bear out get no memory.
         if self.specs is not None:
             state = self._committed(self.state)
@@ -230,12 +230,7 @@ class Session:
         """Restore what `save` returned."""
         if not isinstance(saved, Mapping):
             raise TypeError(f"{self.owner}: a state is a mapping, not {type(saved).__name__}")
-        for key in _STATE_KEYS:
-            if key not in saved:
-                raise KeyError(f"{self.owner}: the state lacks {key!r}")
-        for key in saved:
-            if key not in _STATE_KEYS:
-                raise KeyError(f"{self.owner}: the state has an unknown key {key!r}: {nearest(key, _STATE_KEYS)}")
+        require_keys(saved, _STATE_KEYS, f"{self.owner}: the state")
         if saved["name"] != self.brick.state_name():
             raise ValueError(
                 f"{self.owner}: the state is that of {saved['name']!r}, not of {self.brick.state_name()!r}"

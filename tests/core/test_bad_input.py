@@ -124,7 +124,7 @@ def test_weight_decay_without_parameters() -> None:
 NAN = array([1.0, np.nan])
 FROM_CLIENT: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
     "no message": (3, TypeError, ("should be a message", "int")),
-    "missing envelope key": (delta(params=REMOVED), KeyError, ("lacks 'params'",)),
+    "missing envelope key": (delta(params=REMOVED), KeyError, ("lacks the key 'params'",)),
     "unknown envelope key": (delta(extra=1), KeyError, ("unknown key 'extra'",)),
     "another pair's": (delta(aux_name="other"), ValueError, ("'other'", "'scaffold'")),
     "from the wrong side": (server_with_a_client().collect_aux_var(), TypeError, ("from a server", "from a client")),
@@ -194,7 +194,7 @@ def test_absurd_shapes_that_the_message_repeats_allocate_nothing() -> None:
 FROM_SERVER = {
     "no message": (None, TypeError, ("should be a message", "NoneType")),
     "from the wrong side": (delta(), TypeError, ("from a client", "from a server")),
-    "keyed by client": ({"ann": delta()}, KeyError, ("no message", "'aux_name'")),
+    "keyed by client": ({"ann": delta()}, KeyError, ("lacks the key", "'aux_name'")),
     "a missing variable": (
         mutilated(server_with_a_client().collect_aux_var(), variables={}),
         KeyError,
@@ -258,7 +258,7 @@ def test_a_module_that_expects_none() -> None:
 
 STATES: dict[str, tuple[Callable[[Any], Any], type[Exception], tuple[str, ...]]] = {
     "no mapping": (lambda s: [s], TypeError, ("a state is a mapping", "list")),
-    "truncated": (lambda s: {"name": s["name"]}, KeyError, ("lacks 'params'",)),
+    "truncated": (lambda s: {"name": s["name"]}, KeyError, ("lacks the key 'params'",)),
     "unknown key": (lambda s: mutilated(s, nam="x"), KeyError, ("unknown key 'nam'", "'name'")),
     "another plug-in's": (lambda s: stepped(fo.EWMAModule()).get_state(), ValueError, ("'ewma'", "'adam'")),
     "without variables": (lambda s: mutilated(s, variables=None), ValueError, ("both be there, or neither",)),

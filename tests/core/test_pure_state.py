@@ -67,7 +67,7 @@ def test_saving_a_pure_state_leaves_the_facade_alone():
         (fo.YogiModule().save(fo.YogiModule().init(PARAMS), PARAMS), ValueError, "that of 'yogi', not of 'adam'"),
         (fo.AdamModule().get_state(), ValueError, "nothing to load"),
         (fo.AdamModule().save(fo.AdamModule().init({"w": PARAMS["w"]}), {"w": PARAMS["w"]}), ValueError, "'b'"),
-        ({}, KeyError, "lacks 'name'"),
+        ({}, KeyError, "lacks the key 'name'"),
         (optax.EmptyState(), TypeError, "a mapping"),
     ],
 )
