@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from functional_optimodules.core.aux_var import AuxVar, FromClients, FromServer
 from functional_optimodules.federated.batches import check_batches
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.mapping import check_mapping
@@ -37,7 +38,8 @@ def check_counterparts(client: Any, server: Any) -> None:
     clients, servers = client.channels(), server.channels()
     for name in sorted(clients.keys() | servers.keys()):
         mine, theirs = clients.get(name), servers.get(name)
-        if mine is None or theirs is None or mine.sends is not theirs.receives or mine.receives is not theirs.sends:
+        pair = mine is not None and theirs is not None
+        if not pair or not (_on_side(mine, FromClients) and _on_side(theirs, FromServer) and _match(mine, theirs)):
             raise ValueError(
                 f"Federation: the auxiliary variables {name!r} have {mine!r} on the clients' side and {theirs!r} on "
                 "the server's: expected a module and its counterpart"
@@ -47,6 +49,15 @@ def check_counterparts(client: Any, server: Any) -> None:
             raise ValueError(
                 f"Federation: {theirs!r} exchanges variables per client: give it their number, num_clients"
             )
+
+
+def _on_side(module: Any, side: type[AuxVar]) -> bool:
+    other = FromServer if side is FromClients else FromClients
+    return issubclass(module.sends or side, side) and issubclass(module.receives or other, other)
+
+
+def _match(mine: Any, theirs: Any) -> bool:
+    return mine.sends is theirs.receives and mine.receives is theirs.sends
 
 
 def _marks(aux: Any) -> Any:
@@ -160,7 +171,7 @@ def check_history(federation: Any, history: Mapping[str, Any]) -> None:
     if federation.on_nonfinite == "skip":
         return
     rounds = np.atleast_1d(history["round"])
-    finite, participants = (np.asarray(history[name]).reshape(len(rounds), -1) for name in ("finite", "participants"))
+    finite, participants = (np.atleast_2d(history[name]) for name in ("finite", "participants"))
     for number, fine, clients in zip(rounds, finite, participants, strict=True):
         if not fine.all():
             raise FloatingPointError(

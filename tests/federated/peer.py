@@ -76,21 +76,36 @@ def mesh(output: Path) -> None:
 
 
 def endless(output: Path) -> None:
-    """Run until killed, and say after each piece how far it came."""
+    """Run until killed; save the first rounds, and say when they are saved."""
     mesh = clients_mesh()
     federation, data = problem.federation(mapping=mesh), own_data(mesh)
 
     def progress(state: Any, history: Any) -> None:
-        saved = output.parent / f"piece-{jax.process_index()}-{int(state.round)}.json"
-        saved.write_text(json.dumps(federation.encode(state)))
-        print("rounds", int(state.round), flush=True)
+        if int(state.round) <= 6:
+            saved_state(output, int(state.round)).write_text(json.dumps(federation.encode(state)))
+        if int(state.round) == 6:
+            print("saved", flush=True)
 
     state = federation.init(problem.params(), data, seed=3)
     federation.fit(state, data, 10**8, participants=3, every=2, callback=progress)
+
+
+def resume(output: Path) -> None:
+    """Take two rounds more from the fourth."""
+    mesh = clients_mesh()
+    federation, data = problem.federation(mapping=mesh), own_data(mesh)
+    state = federation.init(problem.params(), data, seed=5)
+    state = federation.decode(json.loads(saved_state(output, 4).read_text()), state)
+    state, _ = federation.fit(state, data, 2, participants=3, every=2)
+    saved_state(output, 0).write_text(json.dumps(federation.encode(state)))
+
+
+def saved_state(output: Path, number: int) -> Path:
+    return output.parent / f"round-{number}-of-process-{jax.process_index()}.json"
 
 
 if __name__ == "__main__":
     job, output, *joint = sys.argv[1:]
     if joint:
         processes.start(joint[0], int(joint[1]), int(joint[2]))
-    {"experiment": experiment, "mesh": mesh, "endless": endless}[job](Path(output))
+    {"experiment": experiment, "mesh": mesh, "endless": endless, "resume": resume}[job](Path(output))
