@@ -7,13 +7,32 @@ import subprocess
 import sys
 from pathlib import Path
 
-# The newest JAX that still has `jax.tree_map`, which FedJAX's last release calls, and
-# what goes with it.
-FEDJAX = ("fedjax==0.0.17", "jax==0.5.3", "jaxlib==0.5.3", "dm-haiku==0.0.14", "optax==0.2.4", "chex==0.1.89")
-PYTHONS = ((3, 10), (3, 13))
+# FedJAX's last release calls `jax.tree_map`, which JAX 0.6 took out: the newest JAX that it
+# runs on, and one with the former CPU runtime, on which it is faster.
+FEDJAX = {
+    "FedJAX on JAX 0.5": (
+        "fedjax==0.0.17",
+        "jax==0.5.3",
+        "jaxlib==0.5.3",
+        "dm-haiku==0.0.14",
+        "optax==0.2.4",
+        "chex==0.1.89",
+    ),
+    "FedJAX on JAX 0.4": (
+        "fedjax==0.0.17",
+        "jax==0.4.30",
+        "jaxlib==0.4.30",
+        "numpy==1.26.4",
+        "scipy==1.13.1",
+        "optax==0.2.3",
+        "dm-haiku==0.0.12",
+        "chex==0.1.86",
+    ),
+}
+MINORS = (12, 11, 10)
 
 
-def make_environment(requirements=FEDJAX, cache=None):
+def make_environment(requirements, cache=None):
     """Return the Python of an environment with these packages.
 
     Raises:
@@ -35,10 +54,13 @@ def make_environment(requirements=FEDJAX, cache=None):
 
 
 def _python():
-    """Return a Python that JAX 0.5 has a build for: this one, or one on the path."""
-    if PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
+    """Return a Python that these versions have builds for: this one, one on the path, or one of pyenv's."""
+    if sys.version_info[1] in MINORS:
         return sys.executable
-    for minor in range(PYTHONS[1][1], PYTHONS[0][1] - 1, -1):
-        if found := shutil.which(f"python3.{minor}"):
-            return found
-    raise RuntimeError("FedJAX's environment needs Python 3.10 to 3.13, and none of these is on the path")
+    for minor in MINORS:
+        pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+        for python in (shutil.which(f"python3.{minor}"), *sorted(pyenv.glob(f"3.{minor}.*/bin/python"))):
+            # A shim on the path may stand for a Python that is not there.
+            if python and not subprocess.run([python, "-m", "venv", "--help"], capture_output=True).returncode:
+                return python
+    raise RuntimeError("FedJAX's environment needs Python 3.10, 3.11 or 3.12, and none is on the path or among pyenv's")
