@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from functional_optimodules.core.paths import Specs
+from functional_optimodules.core.paths import Specs, unwrapped
 from functional_optimodules.core.plugin import Plugin
 from functional_optimodules.core.session import Session
 
@@ -92,7 +92,8 @@ class Facade(Plugin, kind="facade"):
           params: the parameters that it was made for, or their shapes.
         """
         session = Session(self.bare())
-        session.state, session.specs = state, Specs.of(params)
+        # The state of `nnx.Optimizer` has other wrappers around its leaves than the parameters.
+        session.state, session.specs = unwrapped(state), Specs.of(unwrapped(params))
         return session.save()
 
     def load(self, saved: Mapping[str, Any], params: Any) -> Any:

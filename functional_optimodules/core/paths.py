@@ -7,7 +7,7 @@ dataclasses or `nnx.State`.
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -43,6 +43,19 @@ def keystr(path: Iterable[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
+def _variable() -> Any:
+    """Return the class that `flax.nnx` wraps leaves in; a tree can only hold such if it was imported."""
+    nnx = sys.modules.get("flax.nnx")
+    return () if nnx is None else nnx.Variable
+
+
+def unwrapped(tree: Any) -> Any:
+    """Return a tree without the wrappers that `flax.nnx` puts around leaves."""
+    wrapper = _variable()
+    is_wrapper: Callable[[Any], bool] = lambda node: isinstance(node, wrapper)  # noqa: E731
+    return jax.tree.map(lambda node: jax.tree.leaves(node)[0] if is_wrapper(node) else node, tree, is_leaf=is_wrapper)
+
+
 def leaf_paths(tree: Any) -> list[str]:
     """Return the path of each leaf, in the order of `jax.tree.leaves`.
 
@@ -51,8 +64,7 @@ def leaf_paths(tree: Any) -> list[str]:
     Raises:
       ValueError: if two paths would be written alike.
     """
-    nnx = sys.modules.get("flax.nnx")  # a tree can only hold its Variables if it was imported
-    wrapper = nnx.Variable if nnx is not None else ()
+    wrapper = _variable()
     paths = []
     for path, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, wrapper))[0]:
         if isinstance(node, wrapper):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 from flax.training.train_state import TrainState
 
 import functional_optimodules as fo
@@ -51,6 +52,18 @@ def test_a_state_is_loaded_into_another_container():
     loaded = module.load(written(module.save(state, PARAMS)), jax.eval_shape(lambda: Pair(**PARAMS)))
     assert isinstance(loaded.velocity, Pair)
     chex.assert_trees_all_equal(loaded.velocity._asdict(), state.velocity)
+
+
+def test_the_state_of_an_nnx_optimizer_is_saved_without_its_wrappers():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, fo.Optimizer(0.1, modules=["momentum"]), wrt=nnx.Param)
+    gradients = nnx.grad(lambda model: jnp.sum(model(jnp.ones((1, 2))) ** 2))(model)
+    optimizer.update(model, gradients)
+    params = nnx.state(model, nnx.Param)
+    saved = written(optimizer.tx.save(optimizer.opt_state, params))
+    loaded = optimizer.tx.load(saved, params)
+    chex.assert_trees_all_equal(jax.tree.leaves(loaded.modules["momentum"].velocity), jax.tree.leaves(gradients))
+    assert optimizer.tx.save(loaded, params) == saved
 
 
 def test_saving_a_pure_state_leaves_the_facade_alone():
