@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from functional_optimodules.federated.batches import walk
 from functional_optimodules.federated.client import assess
 from functional_optimodules.federated.data import FederatedData
-from functional_optimodules.federated.mapping import chunk_size, mesh_of
+from functional_optimodules.federated.mapping import chunk_size, mesh_of, require_blocks
 from functional_optimodules.federated.placement import AXIS, WHOLE
 
 
@@ -18,6 +18,7 @@ def evaluate(
     federation: Any, params: Any, data: FederatedData, batch_size: int | None, key: jax.Array
 ) -> dict[str, jax.Array]:
     """Return each client's loss and metrics, by client; see `Federation.evaluate`."""
+    require_blocks(data, federation.mapping)
     total = data.num_clients
     chunk = chunk_size(federation.mapping, data.per_shard, params)
 

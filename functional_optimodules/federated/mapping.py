@@ -41,6 +41,14 @@ def check_mapping(mapping: Mapping) -> None:
         )
 
 
+def require_blocks(data: FederatedData, mapping: Mapping) -> None:
+    """Raise a `ValueError` if the data was not laid out for the devices of a mapping."""
+    devices = mesh_size(mapping) if isinstance(mapping, Mesh) else 1
+    if data.num_shards != devices:
+        where = f"a mesh of {devices}: build it with that `mesh`" if isinstance(mapping, Mesh) else f"{mapping=}"
+        raise ValueError(f"Federation: data in {data.num_shards} blocks, for {where}")
+
+
 def chunk_size(mapping: Mapping, participants: int, params: Any) -> int:
     """Return how many participants are run at once on a device."""
     if isinstance(mapping, int):
@@ -76,14 +84,11 @@ def run_participants(
     """
     chunk = chunk_size(mapping, slots.shape[0], shared.params)
     mesh = mesh_of(mapping)
+    held = isinstance(data, FederatedData)
+    if held:
+        require_blocks(data, mapping)
     if mesh is None:
         return _loop(work, chunk, shared, data, bank, slots, None)
-
-    held = isinstance(data, FederatedData)
-    if held and data.num_shards != mesh_size(mesh):
-        raise ValueError(
-            f"Federation: data in {data.num_shards} blocks, for a mesh of {mesh_size(mesh)}: build it with that `mesh`"
-        )
 
     def local(shared: Any, data: Any, bank: list[jax.Array], slots: jax.Array) -> Any:
         device = jax.lax.axis_index(AXIS)

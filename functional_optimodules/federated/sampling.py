@@ -5,14 +5,28 @@ import jax.numpy as jnp
 
 
 def draw(key: jax.Array, num_clients: int, size: int) -> jax.Array:
-    """Draw clients, each subset with the same probability, in random order.
+    """Draw clients, each subset with the same probability, in an order of no meaning.
 
     Returns:
       int32[size].
+
+    References:
+      Bentley and Floyd, "Programming pearls: a sample of brilliance", Communications
+      of the ACM 30(9), 1987.
     """
     if size == num_clients:
         return jax.random.permutation(key, num_clients).astype(jnp.int32)
-    return jax.lax.top_k(jax.random.bits(key, (num_clients,), jnp.uint32), size)[1].astype(jnp.int32)
+    if size**2 > 64 * num_clients:
+        return jax.lax.top_k(jax.random.bits(key, (num_clients,), jnp.uint32), size)[1].astype(jnp.int32)
+    # Floyd's way looks at the chosen ones only, however many clients there are.
+    highest = jnp.arange(num_clients - size, num_clients, dtype=jnp.int32)
+    picks = jax.random.randint(key, (size,), 0, highest + 1, jnp.int32)
+
+    def choose(index: jax.Array, chosen: jax.Array) -> jax.Array:
+        taken = jnp.any(chosen == picks[index])
+        return chosen.at[index].set(jnp.where(taken, highest[index], picks[index]))
+
+    return jax.lax.fori_loop(0, size, choose, jnp.full(size, -1, jnp.int32))
 
 
 def draw_by_shard(key: jax.Array, slots: jax.Array, per_shard: int, num_shards: int, size: int) -> jax.Array:

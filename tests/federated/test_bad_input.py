@@ -154,6 +154,13 @@ def test_data_in_blocks_for_another_mesh() -> None:
         )
 
 
+def test_data_in_blocks_for_no_mesh() -> None:
+    apart = data()
+    object.__setattr__(apart, "num_shards", 3)
+    with pytest.raises(ValueError, match="data in 3 blocks, for mapping='scan'"):
+        federation(mapping="scan").evaluate(jnp.zeros(2), apart)
+
+
 @pytest.mark.parametrize("clients", [0, -1, 2.5, None])
 def test_a_number_of_clients(clients: Any) -> None:
     with pytest.raises(ValueError, match="number of at least 1"):

@@ -81,6 +81,17 @@ def test_participants_together_or_in_chunks_give_the_same_parameters_and_metrics
     close(history, one_by_one()[1])
 
 
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_a_mesh_of_one_device_gives_the_same_parameters_whatever_its_axes(kind: Any) -> None:
+    mesh = jax.make_mesh((1,), ("clients",), axis_types=(kind,), devices=jax.devices()[:1])
+    state, history = problem.run(
+        problem.federation(mapping=mesh), FederatedData.from_clients(problem.clients(), mesh), rounds=2
+    )
+    expected = one_by_one()[1]
+    close(history, {name: value[:2] for name, value in expected.items()})
+    assert state.round == 2
+
+
 def test_two_processes_of_two_devices_give_the_same_parameters_and_metrics(peers: Any) -> None:
     peers.finish("experiment", count=2, devices=2)
     final, history = one_by_one()
