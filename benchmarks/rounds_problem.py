@@ -67,7 +67,7 @@ def answer(make):
                 rounds[case] = make(*case)
                 rounds[case]()
             rounds[case]()
-            start = time.perf_counter()
+            start, worked = time.perf_counter(), time.process_time()
             extra = rounds[case]()
-            reply = [time.perf_counter() - start, extra]
+            reply = [time.perf_counter() - start, time.process_time() - worked, extra]
         print(json.dumps(reply), file=replies, flush=True)
