@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# FedJAX's last release calls `jax.tree_map`, which JAX 0.6 took out: the newest JAX that it
-# runs on, and one with the former CPU runtime, on which it is faster.
+# FedJAX's last release calls `jax.tree_map`, which today's JAX lacks: a late JAX that still
+# has it, and one with the former CPU runtime, on which it is often faster.
 FEDJAX = {
     "FedJAX on JAX 0.5": (
         "fedjax==0.0.17",
