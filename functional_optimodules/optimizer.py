@@ -9,8 +9,9 @@ Step(grads, params):
 Send, Receive: those of the modules, by name
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 
@@ -20,6 +21,11 @@ from functional_optimodules.core.numerics import wide
 from functional_optimodules.core.regularizer import Regularizer
 from functional_optimodules.core.scheduler import Scheduler
 from functional_optimodules.schedulers import as_scheduler
+
+Named = str | tuple[str, Mapping[str, Any]]
+"""A plug-in by its name, or by its name and its configuration."""
+Rate = float | jax.Array | Scheduler | tuple[str, Mapping[str, Any]] | Callable[[jax.Array], jax.Array]
+"""A learning rate or weight decay, in any of its forms."""
 
 
 class OptimizerState(NamedTuple):
@@ -64,6 +70,16 @@ class Optimizer(Brick, register=False):
     w_decay: float | Scheduler | Callable[[jax.Array], jax.Array] = hyperparameter(default=0.0, within="[0, inf)")
     regularizers: tuple[Regularizer, ...] = ()
     modules: tuple[OptiModule, ...] = ()
+
+    if TYPE_CHECKING:  # what is accepted is more than what is stored
+
+        def __init__(
+            self,
+            lrate: Rate,
+            w_decay: Rate = 0.0,
+            regularizers: Sequence[Regularizer | Named] = (),
+            modules: Sequence[OptiModule | Named] = (),
+        ) -> None: ...
 
     def validate(self) -> None:
         names = [name for module in self.modules for name in module.channels()]
@@ -226,6 +242,6 @@ def _labels(bricks: Sequence[Any]) -> dict[str, Any]:
     """Name bricks apart: `adam`, `adam-2`."""
     labels: dict[str, Any] = {}
     for brick in bricks:
-        count = sum(other.name == brick.name for other in labels.values())
-        labels[f"{brick.name}-{count + 1}" if count else brick.name] = brick
+        names = itertools.chain([brick.name], (f"{brick.name}-{number}" for number in itertools.count(2)))
+        labels[next(name for name in names if name not in labels)] = brick
     return labels

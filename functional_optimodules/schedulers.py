@@ -14,10 +14,12 @@ With u the index of the step, or of the round where `step_level` is false:
     warmup, warmup-rounds           a linear climb, then a constant or another scheduler
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from functional_optimodules.core.fields import hyperparameter
 from functional_optimodules.core.numerics import power, real
@@ -97,7 +99,7 @@ class PiecewiseDecay(Scheduler):
     name: ClassVar[str] = "piecewise-decay"
     base: float = hyperparameter(within="[0, inf)")
     rate: float = hyperparameter(within="[0, inf)")
-    step_size: int = hyperparameter(within="[1, inf)")
+    step_size: int = hyperparameter(within="[1, 1073741823]")
     step_level: bool = True
 
     def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
@@ -118,7 +120,7 @@ class PolynomialDecay(Scheduler):
     name: ClassVar[str] = "polynomial-decay"
     base: float = hyperparameter(within="[0, inf)")
     power: float = hyperparameter(within="[0, inf)")
-    limit: int = hyperparameter(within="[1, inf)")
+    limit: int = hyperparameter(within="[1, 1073741823]")
     step_level: bool = True
 
     def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
@@ -147,7 +149,7 @@ class CosineAnnealing(Scheduler):
     name: ClassVar[str] = "cosine-annealing"
     base: float = hyperparameter(within="[0, inf)")
     max_lr: float = hyperparameter(within="[0, inf)")
-    duration: int = hyperparameter(within="[1, inf)")
+    duration: int = hyperparameter(within="[1, 1073741823]")
     step_level: bool = True
 
     def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
@@ -173,7 +175,7 @@ class CosineAnnealingWarmRestarts(Scheduler):
     name: ClassVar[str] = "cosine-annealing-warm-restarts"
     base: float = hyperparameter(within="[0, inf)")
     max_lr: float = hyperparameter(within="[0, inf)")
-    period: int = hyperparameter(within="[1, inf)")
+    period: int = hyperparameter(within="[1, 1073741823]")
     t_mult: float = hyperparameter(default=1.0, within="[0, inf)")
     step_level: bool = True
 
@@ -202,7 +204,7 @@ class CyclicTriangular(Scheduler):
     name: ClassVar[str] = "cyclic-triangular"
     base: float = hyperparameter(within="[0, inf)")
     max_lr: float = hyperparameter(within="[0, inf)")
-    stepsize: int = hyperparameter(within="[1, inf)")
+    stepsize: int = hyperparameter(within="[1, 1073741823]")
     decay: bool = False
 
     def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
@@ -228,7 +230,7 @@ class CyclicExpRange(Scheduler):
     name: ClassVar[str] = "cyclic-exp-range"
     base: float = hyperparameter(within="[0, inf)")
     max_lr: float = hyperparameter(within="[0, inf)")
-    stepsize: int = hyperparameter(within="[1, inf)")
+    stepsize: int = hyperparameter(within="[1, 1073741823]")
     decay: float = hyperparameter(within="[0, inf)")
 
     def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
@@ -253,8 +255,8 @@ class WarmupClock(NamedTuple):
 class _Warmup(Scheduler, register=False):
     """What the two warm-ups share: all but when the climb is over."""
 
-    base: float | Scheduler = hyperparameter(within="[0, inf)")
-    warmup: int = hyperparameter(within="[0, inf)")
+    base: float | Scheduler | tuple[str, Mapping[str, Any]] = hyperparameter(within="[0, inf)")
+    warmup: int = hyperparameter(within="[0, 1073741823]")
 
     def _unit(self, clock: WarmupClock) -> jax.Array:
         """Return the index of the current unit of the climb."""
@@ -275,7 +277,7 @@ class _Warmup(Scheduler, register=False):
     def advance(self, clock: WarmupClock) -> WarmupClock:
         moved = self._wrapped.advance(clock.inner)
         inner = _choose(self._unit(clock) < self.warmup, clock.inner, moved)
-        return clock._replace(steps=clock.steps + 1, inner=inner)
+        return clock._replace(steps=optax.safe_increment(clock.steps), inner=inner)
 
 
 def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import optax
 
 from functional_optimodules.core.aux_var import AuxVar
+from functional_optimodules.core.dependence import reads_values
 from functional_optimodules.core.encoding import Layout, is_key
 from functional_optimodules.core.entropy import shapes_only
 from functional_optimodules.core.facade import AUX_FACADE, CONFIG, FACADE, Facade
-from functional_optimodules.core.paths import PathTree, Spec, is_path_tree
+from functional_optimodules.core.paths import ParamsNeeded, PathTree, Spec, is_path_tree
 
 
 class Brick(Facade, kind="brick"):
@@ -65,10 +66,19 @@ class Brick(Facade, kind="brick"):
         """Return the state at the start of a round: unchanged, or as new if `round_reset` is set.
 
         `params` may be `None`: what needs them then waits for the next `update`.
+
+        Raises:
+          ParamsNeeded: a `ValueError`, if `round_reset` is set, `init` reads the
+            parameters' values, and they are not given. The facade then begins the
+            round with the parameters of its next step.
         """
         if not getattr(self, "round_reset", False):
             return state
-        fresh = self.init(_params_within(self.init, state) if params is None else params)
+        if params is None:
+            params = _params_within(self.init, state)
+            if reads_values(self.init, params):
+                raise ParamsNeeded(f"{type(self).__name__}: round_reset restarts from the parameters: pass `params`")
+        fresh = self.init(params)
         return jax.tree.map(lambda new, old: new if is_key(old) else new.astype(old.dtype), fresh, state)
 
     def collect(self, state: Any) -> Any:
@@ -115,7 +125,10 @@ class Brick(Facade, kind="brick"):
 
     def to_optax(self) -> optax.GradientTransformationExtraArgs:
         """Return an optax transformation, the same for equal bricks; extra arguments pass through a chain."""
-        return _to_optax(self.bare())
+        try:
+            return _to_optax(self.bare())
+        except TypeError:  # hyper-parameters that are being traced cannot be hashed, nor shared
+            return optax.GradientTransformationExtraArgs(self.init, self.update)
 
 
 @functools.lru_cache(maxsize=512)

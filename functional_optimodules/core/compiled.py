@@ -5,15 +5,20 @@ kept alive by it. What is checked while tracing costs nothing in later calls.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from functional_optimodules.core.dependence import reads_values
 from functional_optimodules.core.encoding import Layout
 from functional_optimodules.core.entropy import shapes_only
 from functional_optimodules.core.paths import Specs, show
+
+# What is allocated on the word of a message, before there are parameters.
+_MOST_BYTES = 2**32
 
 
 @functools.lru_cache(maxsize=512)
@@ -68,10 +73,7 @@ class Compiled:
             return Layout(jax.eval_shape(self.brick.init, specs.by_path))
 
     def _starts_from_values(self, specs: Specs) -> bool:
-        with shapes_only():
-            jaxpr = jax.make_jaxpr(self.brick.init)(specs.by_path).jaxpr
-        read = {id(var) for eqn in jaxpr.eqns for var in eqn.invars} | {id(var) for var in jaxpr.outvars}
-        return any(id(var) in read for var in jaxpr.invars)
+        return reads_values(self.brick.init, specs.by_path)
 
     def init(self, params: Any, identity: int | None = None) -> Any:
         """Make the state, of buffers that are nobody else's, so that it can be donated."""
@@ -97,6 +99,11 @@ class Compiled:
             raise ValueError(
                 f"the state of {type(self.brick).__name__} starts from the parameters' values: "
                 "call `setup(params)` first"
+            )
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in specs.leaves)
+        if size > _MOST_BYTES:
+            raise ValueError(
+                f"{type(self.brick).__name__}: the parameters would take {size} bytes: call `setup(params)` first"
             )
         return self.init(specs.tree({path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in specs.by_path.items()}))
 

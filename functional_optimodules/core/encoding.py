@@ -203,6 +203,23 @@ class Layout:
             return decode_tree(payload[name], specs, lambda path, array, at: _decode_node(array, part[path], at), what)
         return decode_like(payload[name], part, what)
 
+    def place(self, state: Any, specs: Specs, params: Any) -> Any:
+        """Put the parts that are shaped like the parameters where these are, on however many devices."""
+        homes = specs.leaves_of(params)
+
+        def put(leaf: Any, home: Any) -> Any:
+            moves = isinstance(home, jax.Array) and leaf.shape == home.shape and leaf.sharding != home.sharding
+            return jax.device_put(leaf, home.sharding) if moves else leaf
+
+        def part(tree: Any) -> Any:
+            leaves = specs.leaves_of(tree)
+            moved = [jax.tree.map(lambda x, h=home: put(x, h), leaf) for leaf, home in zip(leaves, homes, strict=True)]
+            return jax.tree.unflatten(specs.treedef, moved)
+
+        return jax.tree.unflatten(
+            self.treedef, [part(value) if is_path_tree(like) else value for _, like, value in self.split(state)]
+        )
+
     def rehang(self, state: Any, old: Specs, new: Specs) -> Any:
         """Move a state from one container of the same parameters to another."""
         move: Callable[[Any], Any] = lambda tree: new.tree(  # noqa: E731

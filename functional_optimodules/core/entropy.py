@@ -21,11 +21,12 @@ def shapes_only() -> Iterator[None]:
         _abstract.reset(token)
 
 
-def make_key(seed: int | None, owner: str, impl: Any = None) -> jax.Array:
+def make_key(seed: int | None, params: Any, owner: str, impl: Any = None) -> jax.Array:
     """Make a typed PRNG key from a seed, or from the operating system's entropy.
 
     Args:
       seed: the seed, or `None` for entropy.
+      params: what the state is made for, which tells whether it is being traced.
       owner: how an error names who asks.
       impl: the generator, as `jax.random.key` takes it; JAX's default if `None`.
 
@@ -37,7 +38,8 @@ def make_key(seed: int | None, owner: str, impl: Any = None) -> jax.Array:
     key = jax.random.key(words, impl=impl)
     if seed is not None or _abstract.get():
         return key
-    if isinstance(key, jax.core.Tracer):
+    # Under vmap the key itself is not traced, and would be the same for all.
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in (key, *jax.tree.leaves(params))):
         raise RuntimeError(
             f"{owner}: seed=None takes a key from the operating system, which a traced program cannot: "
             "call `init` outside of jit, vmap and scan, or give a seed"

@@ -43,8 +43,11 @@ class Facade(Plugin, kind="facade"):
 
         Raises:
           RuntimeError: if an identity is given and there is a state already.
-          ValueError: if there is a state, of other parameters.
+          ValueError: if there is a state, of other parameters, or the identity is
+            no integer in [0, 2**32).
         """
+        if identity is not None and (type(identity) is not int or not 0 <= identity < 2**32):
+            raise ValueError(f"{type(self).__name__}: identity={identity!r} should be an integer in [0, 2**32)")
         self._session.setup(params, identity)
 
     def run(self, gradients: Any, params: Any = None, **extra_args: Any) -> Any:
@@ -99,6 +102,9 @@ class Facade(Plugin, kind="facade"):
     def load(self, saved: Mapping[str, Any], params: Any) -> Any:
         """Read a state of the pure methods that `save`, or `get_state`, wrote.
 
+        Of a facade's, a message that is out is taken to have arrived, and rounds
+        that wait are begun.
+
         Args:
           saved: what was written.
           params: the parameters to hang it on, or their shapes, in any container.
@@ -113,7 +119,8 @@ class Facade(Plugin, kind="facade"):
             raise ValueError(
                 f"{type(self).__name__}: there is nothing to load: no parameters were known when it was saved"
             )
-        return session.state
+        # A pure state does not remember that a message is out: it is taken to have arrived.
+        return session.settled(params)
 
     @property
     def state(self) -> Any:

@@ -85,7 +85,9 @@ class FrozenConfig(Mapping[str, Any]):
         return len(self._values)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, FrozenConfig) and self._text == other._text
+        if isinstance(other, FrozenConfig):  # the text tells 1 from true
+            return self._text == other._text
+        return self._values == other
 
     def __hash__(self) -> int:
         return hash(self._text)
@@ -120,7 +122,8 @@ def describe(annotation: Any) -> str:
     if typing.get_origin(annotation) in (Union, types.UnionType):
         return " | ".join(describe(member) for member in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
-        return f"list of {describe(typing.get_args(annotation)[0])}"
+        first, *others = typing.get_args(annotation)
+        return f"list of {describe(first)}" if others == [...] else f"list of {len(others) + 1} values"
     if typing.get_origin(annotation) is collections.abc.Callable:
         return "function of the step"
     if hasattr(annotation, "from_specs"):
@@ -162,6 +165,8 @@ def coerce(value: Any, annotation: Any) -> Any:
         members = typing.get_args(annotation)
         if isinstance(value, list | tuple) and members[1:] == (Ellipsis,):
             return tuple(coerce(item, members[0]) for item in value)
+        if isinstance(value, list | tuple) and len(value) == len(members):
+            return tuple(map(coerce, value, members))
     elif annotation is Mapping or origin is collections.abc.Mapping:
         if isinstance(value, Mapping):
             try:
@@ -169,7 +174,7 @@ def coerce(value: Any, annotation: Any) -> Any:
             except (TypeError, ValueError) as error:
                 raise Mismatch(f"not made of JSON values ({error})") from None
     elif origin is collections.abc.Callable:
-        if callable(value):
+        if callable(value) and not isinstance(value, type):
             return value
     elif hasattr(annotation, "from_specs"):
         return _coerce_plugin(value, annotation)

@@ -15,16 +15,18 @@ def wide(array: Any) -> jax.Array:
 
 def _wide_dtype(dtype: Any) -> Any:
     # Meant, and so allowed where the user has made implicit promotion an error.
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+        return jnp.dtype(jnp.float32)
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(dtype, jnp.float32)
 
 
 def zeros_wide(params: Any, real: bool = False) -> Any:
-    """Return zeros shaped like the parameters, in at least float32; real ones on request."""
+    """Return zeros shaped and placed like the parameters, in at least float32; real ones on request."""
 
     def zeros(param: Any) -> jax.Array:
         dtype = _wide_dtype(jnp.result_type(param))
-        return jnp.zeros(jnp.shape(param), jnp.finfo(dtype).dtype if real else dtype)
+        return jnp.zeros_like(param, dtype=jnp.finfo(dtype).dtype if real else dtype)
 
     return jax.tree.map(zeros, params)
 
@@ -53,7 +55,7 @@ def real(number: Any) -> jax.Array:
 
 
 def power(base: Any, exponent: Any) -> jax.Array:
-    """Return `base ** exponent` as `real` does for a base >= 0, exact to rounding for large exponents.
+    """Return `base ** exponent` as `real` does for a base >= 0, also accurate for large exponents.
 
     The logarithm of a Python number is taken in double precision.
     """
@@ -73,4 +75,4 @@ def one_minus_power(base: Any, exponent: Any) -> jax.Array:
 def _log(base: Any) -> Any:
     if isinstance(base, int | float):
         return real(math.log(base) if base > 0 else -math.inf)
-    return jnp.log(base)
+    return jnp.where(base > 0, jnp.log(jnp.where(base > 0, base, 1)), -jnp.inf)

@@ -17,6 +17,10 @@ from jax.tree_util import DictKey, PyTreeDef
 Spec = jax.ShapeDtypeStruct
 
 
+class ParamsNeeded(ValueError):
+    """The parameters' values are needed, and were not given."""
+
+
 class PathTree(dict[str, Any]):
     """A flat dict keyed by path: the container of parameters whose own is not known yet.
 

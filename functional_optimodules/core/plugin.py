@@ -50,6 +50,8 @@ class Plugin(abc.ABC):
         _refuse_shadows(cls)
         if register:
             _register(cls)
+        elif not hasattr(cls, "name"):
+            cls.name = cls.__name__
 
     def __post_init__(self) -> None:
         hints = field_types(type(self))
@@ -108,7 +110,9 @@ class Plugin(abc.ABC):
             if key not in fields:
                 raise KeyError(f"{cls.__name__} has no field {key!r}: {nearest(key, fields)}")
         missing = [
-            name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in config
+            name
+            for name, field in fields.items()
+            if field.default is field.default_factory is dataclasses.MISSING and name not in config
         ]
         if missing:
             raise KeyError(f"{cls.__name__} needs a value for {', '.join(map(repr, missing))}")
@@ -146,6 +150,9 @@ def field_types(cls: type[Plugin]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
+_CLASS_ATTRIBUTES = {"name", "examples", "aux_name", "sends", "receives"}
+
+
 def _refuse_overrides(cls: type[Plugin]) -> None:
     for name in vars(cls):
         if name in cls._final or name in ("__post_init__", "__init__"):
@@ -156,6 +163,10 @@ def _refuse_overrides(cls: type[Plugin]) -> None:
 def _refuse_shadows(cls: type[Plugin]) -> None:
     bases = [base for base in cls.__mro__[1:] if base is not object]
     inherited = set().union(*(_fields(base) for base in bases))
+    for name in _fields(cls) & _CLASS_ATTRIBUTES:
+        raise TypeError(
+            f"{cls.__name__}: {name!r} is an attribute of the class: annotate it as ClassVar, or not at all"
+        )
     for name in _fields(cls) - inherited:
         if any(name in vars(base) for base in bases):
             raise TypeError(f"{cls.__name__}: the field {name!r} would shadow an inherited attribute of that name")

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from functional_optimodules.core.encoding import Layout
 from functional_optimodules.core.facade import CONFIG
@@ -65,7 +66,7 @@ class Scheduler(Plugin, kind="scheduler"):
 
     def advance(self, clock: Any) -> Any:
         """Return the clock after one more step."""
-        return clock._replace(steps=clock.steps + 1)
+        return clock._replace(steps=optax.safe_increment(clock.steps))
 
     def begin_round(self, clock: Any) -> Any:
         """Return the clock as one more round begins."""
@@ -74,8 +75,6 @@ class Scheduler(Plugin, kind="scheduler"):
     def get_next_rate(self) -> float:
         """Return the rate of the next step, and count that step."""
         rate, clock = _compiled(self.bare()).tick(self._clock)
-        if isinstance(rate, jax.core.Tracer):
-            raise RuntimeError(f"{type(self).__name__}: use the pure `value(clock)` and `advance(clock)` under a trace")
         self._set(clock)
         return float(rate)
 
@@ -109,6 +108,8 @@ class Scheduler(Plugin, kind="scheduler"):
         return self.init() if clock is None else clock
 
     def _set(self, clock: Any) -> None:
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(clock)):
+            raise RuntimeError(f"{type(self).__name__}: use the pure `value(clock)` and `advance(clock)` under a trace")
         object.__setattr__(self, "_time", clock)
 
 

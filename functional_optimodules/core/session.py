@@ -14,7 +14,7 @@ from functional_optimodules.core.aux_var import AuxVar, FromServer
 from functional_optimodules.core.compiled import Compiled, compiled
 from functional_optimodules.core.fields import nearest, require_keys
 from functional_optimodules.core.messages import decode_message, encode_message, open_envelopes
-from functional_optimodules.core.paths import Specs, specs_from_json
+from functional_optimodules.core.paths import ParamsNeeded, Specs, specs_from_json
 
 # Rounds begun before the first step are replayed at it: a number read from a file must not hang it.
 _MOST_ROUNDS = 10**6
@@ -27,27 +27,34 @@ class Session:
     Attributes:
       state: the brick's state, or `None` while nothing is known of the parameters.
       specs: the parameters' paths, shapes and dtypes, known when the state is.
-      rounds_begun: how many rounds were begun before there was a state.
+      rounds_begun: how many rounds were begun that wait for a state, or for the
+        parameters, and so for the next step.
       message_out: whether a message was collected that is neither committed nor retracted.
       clients: on a server, the clients heard of, in order; their place is their index.
     """
 
     def __init__(self, brick: Any) -> None:
         self.brick = brick
-        self.compiled: Compiled = compiled(brick)
         self.owner = type(brick).__name__
+        try:
+            self.compiled: Compiled = compiled(brick)
+        except TypeError as error:
+            raise TypeError(
+                f"{self.owner}: the facade needs hyper-parameters that are hashable and not traced ({error}): "
+                "use the pure `update(updates, state, params)`"
+            ) from error
         self.state: Any = None
         self.specs: Specs | None = None
         self.rounds_begun = 0
         self.message_out = False
         self.clients: tuple[str, ...] = ()
 
-    def _assign(self, state: Any, specs: Specs) -> None:
+    def _assign(self, state: Any, specs: Specs, rounds_begun: int = 0) -> None:
         # Under a trace all that was computed is traced: one leaf tells, at no cost per leaf.
         if _traced(jax.tree.leaves(state)[:1]):
             raise self._under_trace()
         self.state, self.specs = state, specs
-        self.rounds_begun, self.message_out = 0, False
+        self.rounds_begun, self.message_out = rounds_begun, False
 
     def _committed(self, state: Any) -> Any:
         return self.compiled.commit(state) if self.message_out else state
@@ -60,21 +67,25 @@ class Session:
         if self.specs is None:
             if params is None and self.compiled.starts_from_values(specs):
                 raise ValueError(f"{self.owner}: the state starts from the parameters' values: pass `params`")
-            state = self.compiled.init(like, identity)
-            for _ in range(self.rounds_begun):
-                state = self.compiled.begin_round(state, params)
-            return state, specs
+            return self.compiled.init(like, identity), specs
         self.specs.require_same(specs, f"{self.owner}: the tree of parameters")
         if self.specs.hung and self.specs != specs:
             raise ValueError(f"{self.owner}: the parameters are in another container than before: {specs.treedef}")
-        return self.compiled.layout(specs.flat()).rehang(self.state, self.specs, specs), specs
+        layout = self.compiled.layout(specs.flat())
+        return layout.place(layout.rehang(self.state, self.specs, specs), specs, like), specs
+
+    def _begun(self, state: Any, params: Any) -> Any:
+        for _ in range(self.rounds_begun):
+            state = self.compiled.begin_round(state, params)
+        return state
 
     def setup(self, params: Any, identity: int | None) -> None:
         """Make the state, or hang the one that there is on the parameters."""
         if self.specs is not None and identity is not None:
             raise RuntimeError(f"{self.owner} has a state already: an identity is folded in when it is made")
         out = self.message_out
-        self._assign(*self._on(params, params, identity))
+        state, specs = self._on(params, params, identity)
+        self._assign(self._begun(state, params), specs)
         self.message_out = out
 
     def step(self, gradients: Any, params: Any, extra_args: dict[str, Any]) -> Any:
@@ -95,7 +106,7 @@ class Session:
             state, specs = self.state, self.specs
         else:
             state, specs = self._on(like, params)
-        state = self._committed(state)
+        state = self._begun(self._committed(state), params)
         try:
             output, new = function(specs, state, *args)
         except Exception as error:
@@ -123,7 +134,11 @@ class Session:
         if self.specs is None:
             self.rounds_begun += 1
         else:
-            self._assign(self.compiled.begin_round(self._committed(self.state)), self.specs)
+            state = self._committed(self.state)
+            try:
+                self._assign(self.compiled.begin_round(state), self.specs, self.rounds_begun)
+            except ParamsNeeded:
+                self._assign(state, self.specs, self.rounds_begun + 1)
 
     def collect(self) -> dict[str, Any]:
         """Return the messages by `aux_name`; what they say is committed later."""
@@ -185,11 +200,9 @@ class Session:
         if self.specs is not None:
             state = self._committed(self.state)
         else:
-            state = self.compiled.init_from_specs(specs)
-            for _ in range(self.rounds_begun):
-                state = self.compiled.begin_round(state)
+            state = self._begun(self.compiled.init_from_specs(specs), None)
         new = self.compiled.process(auxes, state)
-        self._assign(new, specs)
+        self._assign(new, specs, 0 if self.specs is None else self.rounds_begun)
         self.clients = clients
 
     def _reduce(self, decoded: dict[str | None, Any], clients: tuple[str, ...], module: Any) -> AuxVar:
@@ -197,7 +210,9 @@ class Session:
             return decoded[None]
         wide = any("per-client" in marks for marks in module.receives.variables().values())
         total = getattr(module, "num_clients", None)
-        if wide and (total is None or len(clients) > total):
+        if wide and total is None:
+            raise ValueError(f"{self.owner}: {type(module).__name__} needs `num_clients` for what it keeps per client")
+        if total is not None and len(clients) > total:
             raise ValueError(f"{self.owner}: num_clients={total} is less than the {len(clients)} clients heard of")
         reduced: Any = None
         for client, aux in decoded.items():
@@ -207,6 +222,11 @@ class Session:
             if not all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(getattr(reduced, variable))):
                 raise ValueError(f"{self.owner}: variable {variable!r}, reduced over clients, is not finite any more")
         return reduced
+
+    def settled(self, params: Any) -> Any:
+        """Return the state with what is outstanding done."""
+        like = params if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)) else None
+        return self._begun(self._committed(self.state), like)
 
     def snapshot(self) -> Any:
         """Return a copy of the state, which later steps do not touch."""
@@ -236,10 +256,8 @@ class Session:
                 f"{self.owner}: the state is that of {saved['name']!r}, not of {self.brick.state_name()!r}"
             )
         rounds, out, clients = saved["rounds_begun"], saved["message_out"], saved["clients"]
-        if type(rounds) is not int or not 0 <= rounds <= (_MOST_ROUNDS if saved["variables"] is None else 0):
-            raise ValueError(
-                f"{self.owner}: 'rounds_begun' should be a count of rounds before there were variables, not {rounds!r}"
-            )
+        if type(rounds) is not int or not 0 <= rounds <= _MOST_ROUNDS:
+            raise ValueError(f"{self.owner}: 'rounds_begun' should be a count of rounds, not {rounds!r}")
         if type(out) is not bool:
             raise ValueError(f"{self.owner}: 'message_out' should be true or false, not {out!r}")
         if not isinstance(clients, list) or not all(isinstance(client, str) for client in clients):
@@ -247,6 +265,8 @@ class Session:
         if len(set(clients)) < len(clients):
             raise ValueError(f"{self.owner}: 'clients' names one twice: {clients!r}")
         state, specs = self._read(saved)
+        if self.state is not None and state is not None:
+            state = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), state, self.state)
         if _traced(jax.tree.leaves(state)[:1]):
             raise self._under_trace()
         self.state, self.specs = state, specs

@@ -6,11 +6,11 @@ accumulators are started anew when the server's variate arrives, a FedProx
 reference is set as the round begins, and a constant rate reads no clock.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from functional_optimodules.core.dependence import sources
 from functional_optimodules.core.entropy import shapes_only
 
 
@@ -30,9 +30,9 @@ def kept_leaves(client: Any, server: Any, params: Any) -> tuple[bool, ...]:
             broadcast = {name: aux.narrow(0) for name, aux in broadcast.items()}
             return client.process_channels(broadcast, client.begin_round(state, params))
 
-        starts = _sources(begin, state, params, broadcast)
-        steps = _sources(lambda s, p: client.update(p, s, p)[::-1], state, params)
-        sends = _sources(lambda s: (client.commit(s), client.collect_channels(s)), state)
+        starts = sources(begin, state, params, broadcast)
+        steps = sources(lambda s, p: client.update(p, s, p)[::-1], state, params)
+        sends = sources(lambda s: (client.commit(s), client.collect_channels(s)), state)
     count = len(jax.tree.leaves(state))
     kept: set[int] = set()
     while True:
@@ -44,29 +44,3 @@ def kept_leaves(client: Any, server: Any, params: Any) -> tuple[bool, ...]:
         if before == kept:
             return tuple(leaf in kept for leaf in range(count))
         kept = before
-
-
-def _sources(function: Callable[..., Any], state: Any, *args: Any) -> list[set[int]]:
-    """Return, for each leaf of a function's output, the leaves of the state that it may depend on."""
-    closed = jax.make_jaxpr(function)(state, *args)
-    count = len(jax.tree.leaves(state))
-    inputs = [{index} if index < count else set() for index in range(len(closed.jaxpr.invars))]
-    return _flow(closed.jaxpr, inputs)
-
-
-def _flow(jaxpr: Any, inputs: list[set[int]]) -> list[set[int]]:
-    sources = dict(zip(jaxpr.invars, inputs, strict=True))
-
-    def of(atom: Any) -> set[int]:
-        return set() if hasattr(atom, "val") else sources.get(atom, set())
-
-    for eqn in jaxpr.eqns:
-        given = [of(atom) for atom in eqn.invars]
-        inner = next((eqn.params[key] for key in ("jaxpr", "call_jaxpr") if key in eqn.params), None)
-        inner = getattr(inner, "jaxpr", inner)
-        if eqn.primitive.name in ("jit", "pjit", "closed_call", "custom_jvp_call") and inner is not None:
-            made = _flow(inner, given)
-        else:
-            made = [set().union(*given)] * len(eqn.outvars)
-        sources.update(zip(eqn.outvars, made, strict=True))
-    return [of(atom) for atom in jaxpr.outvars]

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from functional_optimodules.core.brick import OptiModule
 from functional_optimodules.core.fields import hyperparameter
@@ -195,7 +196,7 @@ class AdamModule(OptiModule):
 
     def update(self, updates: Any, state: AdamState, params: Any = None, **extra_args: Any) -> tuple[Any, AdamState]:
         moved = state._replace(
-            steps=state.steps + 1,
+            steps=optax.safe_increment(state.steps),
             first=ewma(state.first, jax.tree.map(wide, updates), self.beta_1),
             second=ewma(state.second, squares(updates), self.beta_2),
         )
@@ -235,7 +236,7 @@ class YogiModule(OptiModule):
 
     def update(self, updates: Any, state: AdamState, params: Any = None, **extra_args: Any) -> tuple[Any, AdamState]:
         moved = state._replace(
-            steps=state.steps + 1,
+            steps=optax.safe_increment(state.steps),
             first=ewma(state.first, jax.tree.map(wide, updates), self.beta_1),
             second=yogi_average(state.second, squares(updates), self.beta_2),
         )

@@ -29,7 +29,7 @@ def shrink(gradient: jax.Array, norm: jax.Array, max_norm: Any) -> jax.Array:
     """Return a gradient scaled down where a norm is above its bound."""
     above = norm > max_norm
     scale = jnp.where(above, max_norm / jnp.where(above, norm, 1), 1)
-    return (wide(gradient) * scale.astype(wide(gradient).real.dtype)).astype(gradient.dtype)
+    return (wide(gradient) * scale.astype(wide(gradient).real.dtype)).astype(jnp.result_type(gradient))
 
 
 class L2Clipping(OptiModule):

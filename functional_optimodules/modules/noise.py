@@ -71,13 +71,13 @@ class GaussianNoiseModule(OptiModule):
 
     def init(self, params: Any) -> NoiseState:
         impl = CHACHA20 if self.safe_mode else None
-        return NoiseState(make_key(self.seed, type(self).__name__, impl), jnp.zeros((), jnp.int32))
+        return NoiseState(make_key(self.seed, params, type(self).__name__, impl), jnp.zeros((), jnp.int32))
 
     def update(self, updates: Any, state: NoiseState, params: Any = None, **extra_args: Any) -> tuple[Any, NoiseState]:
         leaves, treedef = jax.tree.flatten(updates)
         exact = [wide(leaf) for leaf in leaves]
         noise = draw(jax.random.fold_in(state.key, state.steps), exact, leaf_paths(updates))
-        noisy = [(x + self.std * z).astype(g.dtype) for g, x, z in zip(leaves, exact, noise, strict=True)]
+        noisy = [(x + self.std * z).astype(jnp.result_type(g)) for g, x, z in zip(leaves, exact, noise, strict=True)]
         return jax.tree.unflatten(treedef, noisy), NoiseState(state.key, state.steps + 1)
 
 

@@ -123,6 +123,11 @@ def _build(name: str, config: Any) -> tuple[optax.GradientTransformationExtraArg
     return optax.with_extra_args_support(transform), -1 if descends else 1
 
 
+def _belongs_to_optax(thing: Any) -> bool:
+    home = thing.__name__ if inspect.ismodule(thing) else getattr(thing, "__module__", None)
+    return isinstance(home, str) and home.split(".")[0] == "optax"
+
+
 def _find(name: str) -> Any:
     place: Any = optax
     for part in name.split("."):
@@ -130,6 +135,9 @@ def _find(name: str) -> Any:
             known = [each for each in dir(place) if not each.startswith("_")]
             raise ValueError(f"OptaxModule: optax has no public {name!r}: {nearest(part, known)}")
         place = getattr(place, part)
-    if not inspect.isfunction(place):
+        # A configuration may come from a peer: it must not reach what optax happens to import.
+        if not _belongs_to_optax(place):
+            break
+    if not inspect.isfunction(place) or not _belongs_to_optax(place):
         raise ValueError(f"OptaxModule: optax.{name} makes no gradient transformation: it is {place!r}")
     return place

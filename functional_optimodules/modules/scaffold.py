@@ -172,7 +172,7 @@ class ScaffoldServerModule(OptiModule):
     aux_name: ClassVar[str] = "scaffold"
     sends = ScaffoldVariate
     receives = ScaffoldDelta
-    num_clients: int | None = hyperparameter(default=None, within="[1, inf)")
+    num_clients: int | None = hyperparameter(default=None, within="[1, 2147483647]")
 
     def init(self, params: Any) -> ScaffoldServerState:
         return ScaffoldServerState(total=zeros_wide(params), clients=jnp.zeros((), jnp.int32))

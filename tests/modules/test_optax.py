@@ -202,3 +202,12 @@ def test_optimizer_tells_states_of_different_transformations_apart():
 def _after_a_run(module):
     module.run(TARGET)
     return module.get_state()
+
+
+@pytest.mark.parametrize(
+    "name", ["tree_utils.typing.contextlib.os.popen", "experimental.aggregating.jax.jit", "jax.jit"]
+)
+def test_a_configuration_reaches_nothing_that_optax_only_imports(name, tmp_path):
+    with pytest.raises(ValueError, match="optax"):
+        fo.OptiModule.from_specs("optax", {"transform": name, "config": {"cmd": f"touch {tmp_path / 'made'}"}})
+    assert not list(tmp_path.iterdir())
