@@ -12,6 +12,7 @@ import pytest
 
 import functional_optimodules as fo
 from functional_optimodules.catalogue import plugin_table
+from functional_optimodules.cli import main
 from functional_optimodules.testing import contract
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +54,16 @@ def test_the_brick_of_the_readme_keeps_the_contract(namespace: dict[str, Any]) -
 def test_every_block_is_of_a_language_that_is_tested() -> None:
     for path in DOCUMENTS:
         opened = re.findall(r"^```(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)[::2]
-        assert set(opened) <= {"python", "console"}, path.name
+        assert set(opened) <= {"python", "console", "toml"}, path.name
+
+
+def test_the_experiments_run(tmp_path: Path) -> None:
+    experiments = blocks("toml")
+    assert experiments
+    for line, source in experiments:
+        path = tmp_path / f"line-{line}.toml"
+        path.write_text(source, encoding="utf-8")
+        assert main(["run", str(path), "--output", str(tmp_path / f"line-{line}")]) == 0
 
 
 def test_the_examples_for_contributors_run() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from functional_optimodules.core.chacha import CHACHA20
 from functional_optimodules.core.fields import require_keys
@@ -161,6 +162,11 @@ def decode_like(payload: Any, like: Any, what: str) -> jax.Array:
     return array
 
 
+def is_sharded(leaf: Any) -> bool:
+    """Whether an array is laid out over a mesh of devices."""
+    return isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding)
+
+
 class Layout:
     """Which parts of a state are shaped like the parameters, and where each part is.
 
@@ -204,20 +210,26 @@ class Layout:
         return decode_like(payload[name], part, what)
 
     def place(self, state: Any, specs: Specs, params: Any) -> Any:
-        """Put the parts that are shaped like the parameters where these are, on however many devices."""
+        """Put a state where sharded parameters are.
+
+        Parts of their shapes go beside them, and the rest on all of their devices.
+        """
         homes = specs.leaves_of(params)
+        mesh = next(home.sharding.mesh for home in homes if is_sharded(home))
+        everywhere = NamedSharding(mesh, PartitionSpec())
 
         def put(leaf: Any, home: Any) -> Any:
-            moves = isinstance(home, jax.Array) and leaf.shape == home.shape and leaf.sharding != home.sharding
-            return jax.device_put(leaf, home.sharding) if moves else leaf
+            return jax.device_put(leaf, home.sharding if is_sharded(home) and leaf.shape == home.shape else everywhere)
 
         def part(tree: Any) -> Any:
-            leaves = specs.leaves_of(tree)
-            moved = [jax.tree.map(lambda x, h=home: put(x, h), leaf) for leaf, home in zip(leaves, homes, strict=True)]
-            return jax.tree.unflatten(specs.treedef, moved)
+            leaves = zip(specs.leaves_of(tree), homes, strict=True)
+            return jax.tree.unflatten(
+                specs.treedef, [jax.tree.map(lambda x, h=home: put(x, h), leaf) for leaf, home in leaves]
+            )
 
         return jax.tree.unflatten(
-            self.treedef, [part(value) if is_path_tree(like) else value for _, like, value in self.split(state)]
+            self.treedef,
+            [part(value) if is_path_tree(like) else put(value, None) for _, like, value in self.split(state)],
         )
 
     def rehang(self, state: Any, old: Specs, new: Specs) -> Any:

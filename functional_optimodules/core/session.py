@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from functional_optimodules.core.aux_var import AuxVar, FromServer
 from functional_optimodules.core.compiled import Compiled, compiled
+from functional_optimodules.core.encoding import is_sharded
 from functional_optimodules.core.fields import nearest, require_keys
 from functional_optimodules.core.messages import decode_message, encode_message, open_envelopes
 from functional_optimodules.core.paths import ParamsNeeded, Specs, specs_from_json
@@ -67,12 +68,16 @@ class Session:
         if self.specs is None:
             if params is None and self.compiled.starts_from_values(specs):
                 raise ValueError(f"{self.owner}: the state starts from the parameters' values: pass `params`")
-            return self.compiled.init(like, identity), specs
+            return self._placed(self.compiled.init(like, identity), specs, like), specs
         self.specs.require_same(specs, f"{self.owner}: the tree of parameters")
         if self.specs.hung and self.specs != specs:
             raise ValueError(f"{self.owner}: the parameters are in another container than before: {specs.treedef}")
-        layout = self.compiled.layout(specs.flat())
-        return layout.place(layout.rehang(self.state, self.specs, specs), specs, like), specs
+        state = self.compiled.layout(specs.flat()).rehang(self.state, self.specs, specs)
+        return self._placed(state, specs, like), specs
+
+    def _placed(self, state: Any, specs: Specs, like: Any) -> Any:
+        sharded = any(map(is_sharded, jax.tree.leaves(like)))
+        return self.compiled.layout(specs.flat()).place(state, specs, like) if sharded else state
 
     def _begun(self, state: Any, params: Any) -> Any:
         for _ in range(self.rounds_begun):
