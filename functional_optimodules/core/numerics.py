@@ -49,6 +49,12 @@ def safe_sqrt(array: jax.Array) -> jax.Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, array, 1)), 0)
 
 
+def is_finite(tree: Any) -> jax.Array:
+    """Whether all values of a tree are finite; an empty tree is."""
+    flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack(flags)) if flags else jnp.array(True)
+
+
 def real(number: Any) -> jax.Array:
     """Return a number in JAX's default precision: float32, or float64 in its 64-bit mode."""
     return jnp.asarray(number).astype(jnp.result_type(float))

@@ -15,6 +15,7 @@ from functional_optimodules.core.compiled import Compiled, compiled
 from functional_optimodules.core.encoding import is_sharded
 from functional_optimodules.core.fields import nearest, require_keys
 from functional_optimodules.core.messages import decode_message, encode_message, open_envelopes
+from functional_optimodules.core.numerics import is_finite
 from functional_optimodules.core.paths import ParamsNeeded, Specs, specs_from_json
 
 # Rounds begun before the first step are replayed at it: a number read from a file must not hang it.
@@ -207,6 +208,9 @@ class Session:
         else:
             state = self._begun(self.compiled.init_from_specs(specs), None)
         new = self.compiled.process(auxes, state)
+        senders = sorted({envelope.client for envelope in envelopes if envelope.client is not None})
+        if senders and not _traced(new) and is_finite(state) and not is_finite(new):
+            raise ValueError(f"{self.owner}: what {', '.join(senders)} sent makes the state infinite, or not a number")
         self._assign(new, specs, 0 if self.specs is None else self.rounds_begun)
         self.clients = clients
 
@@ -224,7 +228,7 @@ class Session:
             aux = aux.widen(clients.index(client), total) if wide else aux
             reduced = aux if reduced is None else _merge(reduced, aux)
         for variable in reduced.variables():
-            if not all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(getattr(reduced, variable))):
+            if not is_finite(getattr(reduced, variable)):
                 raise ValueError(f"{self.owner}: variable {variable!r}, reduced over clients, is not finite any more")
         return reduced
 

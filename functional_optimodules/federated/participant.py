@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from functional_optimodules.core.entropy import shapes_only
+from functional_optimodules.core.numerics import is_finite
 from functional_optimodules.federated.batches import given, walk
 from functional_optimodules.federated.client import work
 from functional_optimodules.federated.data import FederatedData
-from functional_optimodules.federated.reduction import Totals, choose, fill, is_finite
+from functional_optimodules.federated.reduction import Totals, choose, fill
 
 
 class Shared(NamedTuple):

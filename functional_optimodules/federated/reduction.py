@@ -81,12 +81,6 @@ def add(totals: Totals, one: Totals, index: jax.Array) -> Totals:
     )
 
 
-def is_finite(tree: Any) -> jax.Array:
-    """Whether all values of a tree are finite; an empty tree is."""
-    flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack(flags)) if flags else jnp.array(True)
-
-
 def choose(condition: jax.Array, yes: Any, no: Any) -> Any:
     """Return one tree or another, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)

@@ -240,3 +240,14 @@ def test_a_frozen_configuration_is_equal_to_its_values_and_tells_one_from_true()
 def test_a_class_is_no_function_of_the_step():
     with pytest.raises(TypeError, match="lrate"):
         fo.Optimizer(fo.CosineAnnealing)
+
+
+def test_a_server_refuses_what_makes_its_state_overflow_and_keeps_it():
+    server, client = fo.ScaffoldServerModule(), fo.ScaffoldClientModule()
+    client.run({"w": jnp.full(3, 3e38)})
+    message = client.collect_aux_var()
+    server.process_aux_var({"ann": message})
+    before = server.get_state()
+    with pytest.raises(ValueError, match="bob sent makes the state infinite"):
+        server.process_aux_var({"bob": message})
+    assert server.get_state() == before

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -92,19 +93,25 @@ def test_a_mesh_of_one_device_gives_the_same_parameters_whatever_its_axes(kind: 
     assert state.round == 2
 
 
-def test_two_processes_of_two_devices_give_the_same_parameters_and_metrics(peers: Any) -> None:
+@pytest.fixture(scope="module")
+def two_processes(peers: Any) -> Path:
+    """Where two processes of two devices left what they found."""
     peers.finish("experiment", count=2, devices=2)
+    return peers.folder
+
+
+def test_two_processes_of_two_devices_give_the_same_parameters_and_metrics(two_processes: Path) -> None:
     final, history = one_by_one()
-    with np.load(peers.folder / "out.npz") as found:
+    with np.load(two_processes / "out.npz") as found:
         close({**final.params, **history}, found)
         each = problem.federation().evaluate(final.params, data())["loss"]
         np.testing.assert_allclose(found["each"], each, atol=1e-5)
 
 
-def test_each_process_saves_its_own_clients_rows_and_together_they_are_all(peers: Any) -> None:
+def test_each_process_saves_its_own_clients_rows_and_together_they_are_all(two_processes: Path) -> None:
     final, _ = one_by_one()
     whole = problem.federation().encode(final)
-    parts = [json.loads((peers.folder / f"state-{i}.json").read_text()) for i in range(2)]
+    parts = [json.loads((two_processes / f"state-{i}.json").read_text()) for i in range(2)]
     assert [len(part["clients"]) for part in parts] == [4, 3]
     assert sorted(parts[0]["clients"] + parts[1]["clients"]) == whole["clients"] == list(range(problem.NUM_CLIENTS))
     assert parts[0]["values"] == parts[1]["values"]
