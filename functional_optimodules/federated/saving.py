@@ -26,6 +26,7 @@ from functional_optimodules.core.encoding import (
     is_key,
 )
 from functional_optimodules.core.entropy import shapes_only
+from functional_optimodules.core.fields import require_keys
 from functional_optimodules.core.paths import Specs, keystr, specs_from_json
 from functional_optimodules.federated.liveness import kept_leaves
 from functional_optimodules.federated.mapping import mesh_of
@@ -72,12 +73,7 @@ def decode(federation: Any, payload: Any, like: Any) -> Any:
     """Read a state; see `Federation.decode`."""
     if not isinstance(payload, Mapping):
         raise ValueError(f"Federation: a saved state is a mapping, not {type(payload).__name__}")
-    for key in _KEYS:
-        if key not in payload:
-            raise KeyError(f"Federation: the saved state lacks {key!r}")
-    for key in payload:
-        if key not in _KEYS:
-            raise KeyError(f"Federation: the saved state has an unknown key {key!r}")
+    require_keys(payload, _KEYS, "Federation: the saved state")
     _require_same(payload["federation"], describe(federation), "")
     number = payload["round"]
     if type(number) is not int or not 0 <= number < 2**31:
