@@ -14,6 +14,7 @@ With u the index of the step, or of the round where `step_level` is false:
     warmup, warmup-rounds           a linear climb, then a constant or another scheduler
 """
 
+import abc
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -258,9 +259,9 @@ class _Warmup(Scheduler, register=False):
     base: float | Scheduler | tuple[str, Mapping[str, Any]] = hyperparameter(within="[0, inf)")
     warmup: int = hyperparameter(within="[0, 1073741823]")
 
+    @abc.abstractmethod
     def _unit(self, clock: WarmupClock) -> jax.Array:
         """Return the index of the current unit of the climb."""
-        raise NotImplementedError
 
     @property
     def _wrapped(self) -> Scheduler:

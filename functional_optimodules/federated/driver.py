@@ -1,5 +1,6 @@
 """Rounds driven from the host, in compiled pieces."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,8 @@ def fit(
                 )
                 pieces.append(jax.tree.map(lambda values, count=count: np.asarray(values)[:count], history))
             check_history(federation, pieces[-1])
-            bar.update(count)
+            if bar is not None:
+                bar.update(count)
             if callback is not None and count:
                 callback(state, pieces[-1])
     return state, jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
@@ -71,20 +73,10 @@ def _piece(
     return jax.lax.fori_loop(0, count, body, (state, empty))
 
 
-class _NoBar:
-    def __enter__(self) -> "_NoBar":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def update(self, count: int) -> None:
-        pass
-
-
 def _bar(total: int, progress: bool) -> Any:
+    """Return a progress bar, or a context of `None`."""
     if not progress or jax.process_index() > 0:
-        return _NoBar()
+        return contextlib.nullcontext()
     from tqdm.auto import tqdm
 
     return tqdm(total=total, unit="round")
