@@ -8,6 +8,8 @@ over pytrees, for `optax.chain`, Flax, `jit` and `scan`. The same object offers
 from functional_optimodules.core.aux_var import FromClients, FromServer, Max, Min, Params, PerClient, Scalar
 from functional_optimodules.core.brick import OptiModule, list_optim_modules
 from functional_optimodules.core.fields import hyperparameter
+from functional_optimodules.core.packed import map_parameters, pack, set_small_leaf, small_leaf
+from functional_optimodules.core.packing import Packed, unpack
 from functional_optimodules.core.regularizer import Regularizer, list_optim_regularizers
 from functional_optimodules.core.scheduler import Clock, Scheduler, list_rate_schedulers
 from functional_optimodules.modules.adaptive import AdaGradModule, AdamModule, RMSPropModule, YogiModule
@@ -59,6 +61,7 @@ __all__ = [
     "OptaxModule",
     "OptiModule",
     "Optimizer",
+    "Packed",
     "Params",
     "PerClient",
     "PiecewiseDecay",
@@ -78,4 +81,9 @@ __all__ = [
     "list_optim_modules",
     "list_optim_regularizers",
     "list_rate_schedulers",
+    "map_parameters",
+    "pack",
+    "set_small_leaf",
+    "small_leaf",
+    "unpack",
 ]

@@ -18,6 +18,8 @@ import jax
 from functional_optimodules.core.brick import Brick, OptiModule
 from functional_optimodules.core.fields import hyperparameter
 from functional_optimodules.core.numerics import wide
+from functional_optimodules.core.packed import packed_as
+from functional_optimodules.core.packing import is_packed
 from functional_optimodules.core.regularizer import Regularizer
 from functional_optimodules.core.scheduler import Scheduler
 from functional_optimodules.schedulers import as_scheduler
@@ -66,6 +68,7 @@ class Optimizer(Brick, register=False):
     """
 
     name: ClassVar[str] = "optimizer"
+    packable: ClassVar[bool] = True
     lrate: float | Scheduler | Callable[[jax.Array], jax.Array] = hyperparameter(within="[0, inf)")
     w_decay: float | Scheduler | Callable[[jax.Array], jax.Array] = hyperparameter(default=0.0, within="[0, inf)")
     regularizers: tuple[Regularizer, ...] = ()
@@ -115,6 +118,8 @@ class Optimizer(Brick, register=False):
         """
         if self._decays and params is None:
             raise ValueError(f"Optimizer with w_decay={self.w_decay!r} needs the parameters: pass `params`")
+        if is_packed(params):
+            updates = packed_as(updates, params.packing)
         regularizers, modules = dict(state.regularizers), dict(state.modules)
         for label, regularizer in _labels(self.regularizers).items():
             updates, regularizers[label] = regularizer.update(updates, regularizers[label], params, **extra_args)

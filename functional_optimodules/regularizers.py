@@ -59,6 +59,7 @@ class FedProxRegularizer(Regularizer):
     """
 
     name: ClassVar[str] = "fedprox"
+    packable: ClassVar[bool] = True
     alpha: float = hyperparameter(default=0.01, within="[0, inf)")
 
     def init(self, params: Any) -> FedProxState:
@@ -92,6 +93,7 @@ class LassoRegularizer(Regularizer):
     """
 
     name: ClassVar[str] = "lasso"
+    packable: ClassVar[bool] = True
     alpha: float = hyperparameter(default=0.01, within="[0, inf)")
 
     def init(self, params: Any) -> optax.EmptyState:
@@ -116,6 +118,7 @@ class RidgeRegularizer(Regularizer):
     """
 
     name: ClassVar[str] = "ridge"
+    packable: ClassVar[bool] = True
     alpha: float = hyperparameter(default=0.01, within="[0, inf)")
 
     def init(self, params: Any) -> optax.EmptyState:

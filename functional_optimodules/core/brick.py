@@ -25,6 +25,7 @@ from functional_optimodules.core.dependence import reads_values
 from functional_optimodules.core.encoding import Layout, is_key
 from functional_optimodules.core.entropy import shapes_only
 from functional_optimodules.core.facade import AUX_FACADE, CONFIG, FACADE, Facade
+from functional_optimodules.core.packed import unpacking
 from functional_optimodules.core.paths import ParamsNeeded, PathTree, Spec, is_path_tree
 
 
@@ -33,7 +34,20 @@ class Brick(Facade, kind="brick"):
 
     `init, update = brick` unpacks it, and it is accepted wherever optax and Flax
     read `.init` and `.update`. The facade of `run` and its kin comes for free.
+
+    Attributes:
+      packable: whether the brick may be given packed trees: it treats elements alike
+        wherever they lie, or goes through `map_parameters`. One that says nothing
+        gets each parameter as the model has it.
     """
+
+    packable: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.packable and "kind" not in kwargs:
+            for name in ("init", "update", "begin_round", "process"):
+                setattr(cls, name, unpacking(getattr(cls, name)))
 
     @abc.abstractmethod
     def init(self, params: Any) -> Any:

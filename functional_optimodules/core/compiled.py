@@ -15,6 +15,8 @@ import optax
 from functional_optimodules.core.dependence import reads_values
 from functional_optimodules.core.encoding import Layout
 from functional_optimodules.core.entropy import shapes_only
+from functional_optimodules.core.packed import pack_aux, packed_as
+from functional_optimodules.core.packing import Packing, is_packed, packing_of, unpack
 from functional_optimodules.core.paths import Specs, show
 
 # What is allocated on the word of a message, before there are parameters.
@@ -32,41 +34,62 @@ class Compiled:
 
     def __init__(self, brick: Any) -> None:
         self.brick = brick
-        self.step = jax.jit(self._step, static_argnums=0, donate_argnums=1)
-        self.apply = jax.jit(self._apply, static_argnums=0, donate_argnums=1)
-        self.apply_donated = jax.jit(self._apply, static_argnums=0, donate_argnums=(1, 2))
-        self.begin_round = jax.jit(self._keep_structure("begin_round"))
-        self.commit = jax.jit(self._keep_structure("commit"))
+        self.step = jax.jit(self._step, static_argnums=(0, 1), donate_argnums=2)
+        self.apply = jax.jit(self._apply, static_argnums=(0, 1), donate_argnums=2)
+        self.apply_donated = jax.jit(self._apply, static_argnums=(0, 1), donate_argnums=(2, 3))
+        self.pack = jax.jit(self._pack, static_argnums=0)
+        self.begin_round = jax.jit(self._begin_round)
+        self.commit = jax.jit(self._commit)
         self.collect = jax.jit(brick.collect_channels)
         self.process = jax.jit(self._process)
         self.layout = functools.cache(self._layout)
         self.starts_from_values = functools.cache(self._starts_from_values)
 
-    def _step(self, specs: Specs, state: Any, gradients: Any, params: Any, extra_args: dict[str, Any]) -> Any:
+    def _step(
+        self, specs: Specs, packing: Packing | None, state: Any, gradients: Any, params: Any, extra_args: dict[str, Any]
+    ) -> Any:
         owner = type(self.brick).__name__
-        specs.require_tree(gradients, f"{owner}: the tree of gradients")
+        specs.require_tree(_shapes(gradients), f"{owner}: the tree of gradients")
         if params is not None:
-            specs.require_tree(params, f"{owner}: the tree of parameters")
-        updates, new = self.brick.update(gradients, state, params, **extra_args)
+            specs.require_tree(_shapes(params), f"{owner}: the tree of parameters")
+        output, new = self.brick.update(packed_as(gradients, packing), state, packed_as(params, packing), **extra_args)
         require_same_state(self.brick, "update", state, new)
-        return updates, new
+        return (output if is_packed(gradients) or is_packed(params) else unpack(output)), new
 
-    def _apply(self, specs: Specs, state: Any, params: Any, gradients: Any, extra_args: dict[str, Any]) -> Any:
-        updates, new = self._step(specs, state, gradients, params, extra_args)
-        return optax.apply_updates(params, updates), new
+    def _apply(
+        self, specs: Specs, packing: Packing | None, state: Any, params: Any, gradients: Any, extra_args: dict[str, Any]
+    ) -> Any:
+        given, params = params, packed_as(params, packing)
+        updates, new = self._step(specs, packing, state, gradients, params, extra_args)
+        applied = optax.apply_updates(params, updates)
+        return (applied if is_packed(given) else unpack(applied)), new
+
+    def _pack(self, packing: Packing | None, state: Any) -> Any:
+        if packing is None:
+            return unpack(state)
+        with shapes_only():
+            like = jax.eval_shape(self.brick.init, packing.model())
+        return jax.tree.map(
+            lambda model, part: packed_as(part, packing) if is_packed(model) else part, like, state, is_leaf=is_packed
+        )
+
+    def _begin_round(self, state: Any, params: Any) -> Any:
+        new = self.brick.begin_round(state, None if params is None else packed_as(params, packing_of(state)))
+        require_same_state(self.brick, "begin_round", state, new)
+        return new
+
+    def _commit(self, state: Any) -> Any:
+        new = self.brick.commit(state)
+        require_same_state(self.brick, "commit", state, new)
+        return new
 
     def _process(self, auxes: dict[str, Any], state: Any) -> Any:
+        packing = packing_of(state)
+        if packing is not None:
+            auxes = {name: pack_aux(aux, packing) for name, aux in auxes.items()}
         new = self.brick.process_channels(auxes, state)
         require_same_state(self.brick, "process", state, new)
         return new
-
-    def _keep_structure(self, method: str) -> Any:
-        def call(state: Any, *args: Any) -> Any:
-            new = getattr(self.brick, method)(state, *args)
-            require_same_state(self.brick, method, state, new)
-            return new
-
-        return call
 
     def _layout(self, specs: Specs) -> Layout:
         with shapes_only():
@@ -74,6 +97,12 @@ class Compiled:
 
     def _starts_from_values(self, specs: Specs) -> bool:
         return reads_values(self.brick.init, specs.by_path)
+
+    def init_packed(self, packing: Packing, params: Any, identity: int | None = None) -> Any:
+        """Make the state of packed parameters, whose values are packed only if it starts from them."""
+        if self.starts_from_values(packing.specs):
+            return self.init(packed_as(params, packing), identity)
+        return self.init(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), packing.model()), identity)
 
     def init(self, params: Any, identity: int | None = None) -> Any:
         """Make the state, of buffers that are nobody else's, so that it can be donated."""
@@ -106,6 +135,10 @@ class Compiled:
                 f"{type(self.brick).__name__}: the parameters would take {size} bytes: call `setup(params)` first"
             )
         return self.init(specs.tree({path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in specs.by_path.items()}))
+
+
+def _shapes(tree: Any) -> Any:
+    return tree.shapes() if is_packed(tree) else tree
 
 
 def require_same_state(brick: Any, method: str, old: Any, new: Any) -> None:

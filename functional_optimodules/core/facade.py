@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from functional_optimodules.core.packing import is_packed, unpack
 from functional_optimodules.core.paths import Specs, unwrapped
 from functional_optimodules.core.plugin import Plugin
 from functional_optimodules.core.session import Session
@@ -96,7 +97,7 @@ class Facade(Plugin, kind="facade"):
         """
         session = Session(self.bare())
         # The state of `nnx.Optimizer` has other wrappers around its leaves than the parameters.
-        session.state, session.specs = unwrapped(state), Specs.of(unwrapped(params))
+        session.state, session.specs = unwrapped(unpack(state)), Specs.of(unwrapped(unpack(params)))
         return session.save()
 
     def load(self, saved: Mapping[str, Any], params: Any) -> Any:
@@ -113,7 +114,7 @@ class Facade(Plugin, kind="facade"):
           KeyError, TypeError, ValueError: as `set_state` does.
         """
         session = Session(self.bare())
-        session.specs = Specs.of(params)
+        session.specs = Specs.of(params.shapes() if is_packed(params) else params)
         session.load(saved)
         if session.specs is None:
             raise ValueError(

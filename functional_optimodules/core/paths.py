@@ -5,6 +5,7 @@ containers with the same paths hold the same parameters, be they dicts, tuples,
 dataclasses or `nnx.State`.
 """
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -118,7 +119,7 @@ class Specs:
         """The specs of the leaves, keyed by path."""
         return PathTree(zip(self.paths, self.leaves, strict=True))
 
-    @property
+    @functools.cached_property
     def hung(self) -> bool:
         """Whether the container is the parameters' own, and not a `PathTree`."""
         return self.treedef != jax.tree.structure(self.by_path)

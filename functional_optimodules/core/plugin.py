@@ -150,7 +150,7 @@ def field_types(cls: type[Plugin]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
-_CLASS_ATTRIBUTES = {"name", "examples", "aux_name", "sends", "receives"}
+_CLASS_ATTRIBUTES = {"name", "examples", "packable", "aux_name", "sends", "receives"}
 
 
 def _refuse_overrides(cls: type[Plugin]) -> None:

@@ -16,6 +16,8 @@ from functional_optimodules.core.encoding import is_sharded
 from functional_optimodules.core.fields import nearest, require_keys
 from functional_optimodules.core.messages import decode_message, encode_message, open_envelopes
 from functional_optimodules.core.numerics import is_finite
+from functional_optimodules.core.packed import automatic
+from functional_optimodules.core.packing import Packing, is_packed, unpack
 from functional_optimodules.core.paths import ParamsNeeded, Specs, specs_from_json
 
 # Rounds begun before the first step are replayed at it: a number read from a file must not hang it.
@@ -29,6 +31,7 @@ class Session:
     Attributes:
       state: the brick's state, or `None` while nothing is known of the parameters.
       specs: the parameters' paths, shapes and dtypes, known when the state is.
+      packing: how the state is packed, and the parameters in each step, or `None` if they are not.
       rounds_begun: how many rounds were begun that wait for a state, or for the
         parameters, and so for the next step.
       message_out: whether a message was collected that is neither committed nor retracted.
@@ -47,13 +50,14 @@ class Session:
             ) from error
         self.state: Any = None
         self.specs: Specs | None = None
+        self.packing: Packing | None = None
         self.rounds_begun = 0
         self.message_out = False
         self.clients: tuple[str, ...] = ()
 
-    def _assign(self, state: Any, specs: Specs, rounds_begun: int = 0) -> None:
-        # Under a trace all that was computed is traced: one leaf tells, at no cost per leaf.
-        if _traced(jax.tree.leaves(state)[:1]):
+    def _assign(self, state: Any, specs: Specs, rounds_begun: int = 0, output: Any = None) -> None:
+        # Under a trace all that was computed is traced: one leaf tells, and those of the state are fewer.
+        if _traced((jax.tree.leaves(state) or jax.tree.leaves(output))[:1]):
             raise self._under_trace()
         self.state, self.specs = state, specs
         self.rounds_begun, self.message_out = rounds_begun, False
@@ -61,24 +65,28 @@ class Session:
     def _committed(self, state: Any) -> Any:
         return self.compiled.commit(state) if self.message_out else state
 
-    def _on(self, like: Any, params: Any, identity: int | None = None) -> tuple[Any, Specs]:
-        """Return the state over a container like the parameters', made if there is none."""
+    def _on(self, like: Any, params: Any, identity: int | None = None) -> tuple[Any, Specs, Packing | None]:
+        """Return the state over a container like the parameters', made if there is none, and how it is packed."""
         if _traced(like):
             raise self._under_trace()
-        specs = Specs.of(like)
+        packing = like.packing if is_packed(like) else automatic(like)
+        specs = Specs.of(like.shapes() if is_packed(like) else like)
+        sharded = any(map(is_sharded, jax.tree.leaves(like)))
         if self.specs is None:
             if params is None and self.compiled.starts_from_values(specs):
                 raise ValueError(f"{self.owner}: the state starts from the parameters' values: pass `params`")
-            return self._placed(self.compiled.init(like, identity), specs, like), specs
-        self.specs.require_same(specs, f"{self.owner}: the tree of parameters")
-        if self.specs.hung and self.specs != specs:
-            raise ValueError(f"{self.owner}: the parameters are in another container than before: {specs.treedef}")
-        state = self.compiled.layout(specs.flat()).rehang(self.state, self.specs, specs)
-        return self._placed(state, specs, like), specs
-
-    def _placed(self, state: Any, specs: Specs, like: Any) -> Any:
-        sharded = any(map(is_sharded, jax.tree.leaves(like)))
-        return self.compiled.layout(specs.flat()).place(state, specs, like) if sharded else state
+            if packing is not None and not sharded:
+                return self.compiled.init_packed(packing, like, identity), specs, packing
+            like = unpack(like)
+            state = self.compiled.init(like, identity)
+        else:
+            self.specs.require_same(specs, f"{self.owner}: the tree of parameters")
+            if self.specs.hung and self.specs != specs:
+                raise ValueError(f"{self.owner}: the parameters are in another container than before: {specs.treedef}")
+            state = self.compiled.layout(specs.flat()).rehang(unpack(self.state), self.specs, specs)
+        if sharded:
+            state = self.compiled.layout(specs.flat()).place(state, specs, unpack(like))
+        return (state if packing is None else self.compiled.pack(packing, state)), specs, packing
 
     def _begun(self, state: Any, params: Any) -> Any:
         for _ in range(self.rounds_begun):
@@ -90,9 +98,9 @@ class Session:
         if self.specs is not None and identity is not None:
             raise RuntimeError(f"{self.owner} has a state already: an identity is folded in when it is made")
         out = self.message_out
-        state, specs = self._on(params, params, identity)
+        state, specs, packing = self._on(params, params, identity)
         self._assign(self._begun(state, params), specs)
-        self.message_out = out
+        self.packing, self.message_out = packing, out
 
     def step(self, gradients: Any, params: Any, extra_args: dict[str, Any]) -> Any:
         """Run `update` and keep its state."""
@@ -109,12 +117,16 @@ class Session:
         if _traced(args):
             raise self._under_trace()
         if self.specs is not None and self.specs.hung:
-            state, specs = self.state, self.specs
+            state, specs, packing = self.state, self.specs, self.packing
         else:
-            state, specs = self._on(like, params)
-        state = self._begun(self._committed(state), params)
+            state, specs, packing = self._on(like, params)
+        if self.message_out or self.rounds_begun:
+            state = self._begun(self._committed(state), params)
+        given = next((tree.packing for tree in args if is_packed(tree)), packing)
+        if given != packing:
+            state, packing = self.compiled.pack(given, state), given
         try:
-            output, new = function(specs, state, *args)
+            output, new = function(specs, packing, state, *args)
         except Exception as error:
             if _traced(state):
                 raise self._under_trace() from error
@@ -124,9 +136,8 @@ class Session:
                     "restore a saved one after `reset()`"
                 ) from error
             raise
-        if _traced(jax.tree.leaves(output)[:1]):
-            raise self._under_trace()
-        self._assign(new, specs)
+        self._assign(new, specs, output=output)
+        self.packing = packing
         return output
 
     def _under_trace(self) -> RuntimeError:
@@ -142,7 +153,7 @@ class Session:
         else:
             state = self._committed(self.state)
             try:
-                self._assign(self.compiled.begin_round(state), self.specs, self.rounds_begun)
+                self._assign(self.compiled.begin_round(state, None), self.specs, self.rounds_begun)
             except ParamsNeeded:
                 self._assign(state, self.specs, self.rounds_begun + 1)
 
@@ -154,7 +165,7 @@ class Session:
         auxes = self.compiled.collect(self.state)
         if _traced(auxes):
             raise self._under_trace()
-        messages = {name: self._encode(aux, name, specs) for name, aux in auxes.items()}
+        messages = {name: self._encode(unpack(aux), name, specs) for name, aux in jax.device_get(auxes).items()}
         self.message_out = self.message_out or bool(messages)
         return messages
 
@@ -235,17 +246,20 @@ class Session:
     def settled(self, params: Any) -> Any:
         """Return the state with what is outstanding done."""
         like = params if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)) else None
-        return self._begun(self._committed(self.state), like)
+        state = self._begun(self._committed(self.state), like)
+        return self.compiled.pack(params.packing, state) if is_packed(params) else state
 
     def snapshot(self) -> Any:
         """Return a copy of the state, which later steps do not touch."""
-        return jax.tree.map(jnp.copy, self.state)
+        return unpack(jax.tree.map(jnp.copy, self.state))
 
     def save(self) -> dict[str, Any]:
         """Return everything that is remembered as JSON values."""
         specs, variables = self.specs, None
         if specs is not None:
-            variables = self.compiled.layout(specs.flat()).encode(self.state, specs)
+            # Unpacked on the host, where nothing is to be compiled for it.
+            state = self.state if self.packing is None else unpack(jax.device_get(self.state))
+            variables = self.compiled.layout(specs.flat()).encode(state, specs)
         return {
             "name": self.brick.state_name(),
             "params": None if specs is None else specs.to_json(),
@@ -274,7 +288,9 @@ class Session:
         if len(set(clients)) < len(clients):
             raise ValueError(f"{self.owner}: 'clients' names one twice: {clients!r}")
         state, specs = self._read(saved)
-        if self.state is not None and state is not None:
+        if state is not None and self.packing is not None:
+            state = self.compiled.pack(self.packing, state)
+        if state is not None and self.state is not None:
             state = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), state, self.state)
         if _traced(jax.tree.leaves(state)[:1]):
             raise self._under_trace()

@@ -63,6 +63,7 @@ class AdaGradModule(OptiModule):
     """
 
     name: ClassVar[str] = "adagrad"
+    packable: ClassVar[bool] = True
     eps: float = hyperparameter(default=1e-7, within="(0, inf)")
     round_reset: bool = False
 
@@ -105,6 +106,7 @@ class RMSPropModule(OptiModule):
     """
 
     name: ClassVar[str] = "rmsprop"
+    packable: ClassVar[bool] = True
     beta: float = hyperparameter(default=0.9, within="[0, 1)")
     eps: float = hyperparameter(default=1e-7, within="(0, inf)")
     round_reset: bool = False
@@ -185,6 +187,7 @@ class AdamModule(OptiModule):
     """
 
     name: ClassVar[str] = "adam"
+    packable: ClassVar[bool] = True
     beta_1: float = hyperparameter(default=0.9, within="[0, 1)")
     beta_2: float = hyperparameter(default=0.99, within="[0, 1)")
     amsgrad: bool = False
@@ -225,6 +228,7 @@ class YogiModule(OptiModule):
     """
 
     name: ClassVar[str] = "yogi"
+    packable: ClassVar[bool] = True
     beta_1: float = hyperparameter(default=0.9, within="[0, 1)")
     beta_2: float = hyperparameter(default=0.99, within="[0, 1)")
     amsgrad: bool = False

@@ -18,6 +18,7 @@ import optax
 from functional_optimodules.core.brick import OptiModule
 from functional_optimodules.core.fields import hyperparameter
 from functional_optimodules.core.numerics import abs_sq, safe_sqrt, wide
+from functional_optimodules.core.packed import map_parameters
 
 
 def sum_of_squares(gradient: jax.Array) -> jax.Array:
@@ -49,13 +50,14 @@ class L2Clipping(OptiModule):
     """
 
     name: ClassVar[str] = "l2-clipping"
+    packable: ClassVar[bool] = True
     max_norm: float = hyperparameter(default=1.0, within="[0, inf]")
 
     def init(self, params: Any) -> optax.EmptyState:
         return optax.EmptyState()
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        clipped = jax.tree.map(lambda g: shrink(g, safe_sqrt(sum_of_squares(g)), self.max_norm), updates)
+        clipped = map_parameters(lambda g: shrink(g, safe_sqrt(sum_of_squares(g)), self.max_norm), updates)
         return clipped, state
 
 
@@ -77,6 +79,7 @@ class L2GlobalClipping(OptiModule):
     """
 
     name: ClassVar[str] = "l2-global-clipping"
+    packable: ClassVar[bool] = True
     max_norm: float = hyperparameter(default=1.0, within="[0, inf]")
 
     def init(self, params: Any) -> optax.EmptyState:

@@ -59,6 +59,7 @@ class MomentumModule(OptiModule):
     """
 
     name: ClassVar[str] = "momentum"
+    packable: ClassVar[bool] = True
     beta: float = hyperparameter(default=0.9, within="[0, 1)")
     nesterov: bool = False
     round_reset: bool = False
@@ -101,6 +102,7 @@ class EWMAModule(OptiModule):
     """
 
     name: ClassVar[str] = "ewma"
+    packable: ClassVar[bool] = True
     beta: float = hyperparameter(default=0.9, within="[0, 1)")
     round_reset: bool = False
 
@@ -132,6 +134,7 @@ class YogiMomentumModule(OptiModule):
     """
 
     name: ClassVar[str] = "yogi-momentum"
+    packable: ClassVar[bool] = True
     beta: float = hyperparameter(default=0.9, within="[0, 1)")
     round_reset: bool = False
 

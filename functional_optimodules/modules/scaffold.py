@@ -95,6 +95,7 @@ class ScaffoldClientModule(OptiModule):
     """
 
     name: ClassVar[str] = "scaffold-client"
+    packable: ClassVar[bool] = True
     aux_name: ClassVar[str] = "scaffold"
     sends = ScaffoldDelta
     receives = ScaffoldVariate
@@ -169,6 +170,7 @@ class ScaffoldServerModule(OptiModule):
     """
 
     name: ClassVar[str] = "scaffold-server"
+    packable: ClassVar[bool] = True
     aux_name: ClassVar[str] = "scaffold"
     sends = ScaffoldVariate
     receives = ScaffoldDelta

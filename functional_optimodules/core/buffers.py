@@ -1,0 +1,92 @@
+"""Arrays end to end in one buffer, and cut out of it again.
+
+    Join(arrays):        buffer = concatenate(each array, flat)
+    Cut(buffer, shapes): arrays = slices of the buffer
+    d Cut:               one split, whose transpose is one concatenation
+
+Leading axes, the same for all arrays, stay in front.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Shape = tuple[int, ...]
+
+# Up to here, slices at offsets that the compiler knows are compiled as fast as others.
+_FEW_SLICES = 32
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def join(arrays: list[jax.Array], shapes: tuple[Shape, ...]) -> jax.Array:
+    """Lay arrays of some shapes, behind any leading axes, end to end."""
+    flat = [
+        array.reshape((*array.shape[: array.ndim - len(shape)], -1)) for array, shape in zip(arrays, shapes, strict=True)
+    ]
+    return jnp.concatenate(flat, axis=-1)
+
+
+def cut(buffer: jax.Array, shapes: tuple[Shape, ...]) -> list[jax.Array]:
+    """Cut what `join` made into arrays of these shapes; of a NumPy array, views.
+
+    Raises:
+      ValueError: if the buffer does not hold them.
+    """
+    sizes = tuple(map(math.prod, shapes))
+    if not buffer.ndim or buffer.shape[-1] != sum(sizes):
+        raise ValueError(f"a buffer of shape {list(buffer.shape)}: expected {sum(sizes)} along its last axis")
+    if isinstance(buffer, np.ndarray):
+        pieces = np.split(buffer, np.cumsum(sizes)[:-1], axis=-1)
+        return [piece.reshape((*piece.shape[:-1], *shape)) for piece, shape in zip(pieces, shapes, strict=True)]
+    return _cut_compiled(buffer, shapes)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _cut_compiled(buffer: jax.Array, shapes: tuple[Shape, ...]) -> list[jax.Array]:
+    pieces = _pieces(buffer, tuple(map(math.prod, shapes)))
+    return [piece.reshape((*piece.shape[:-1], *shape)) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _pieces(buffer: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
+    """Cut along the last axis.
+
+    XLA:CPU compiles a kernel for each offset that it knows. It does not look into a
+    branch, so that of offsets that come out of one it knows nothing, and the
+    kernels of pieces of one size are one.
+    """
+    if len(sizes) <= _FEW_SLICES:
+        return _split(buffer, sizes)
+    starts = np.cumsum([0, *sizes[:-1]], dtype=np.uint32)
+
+    def cut_at_unknown(buffer: jax.Array) -> list[jax.Array]:
+        offsets = lax.cond(
+            lax.optimization_barrier(jnp.array(True)),
+            lambda: [jnp.uint32(start) for start in starts],
+            lambda: [jnp.uint32(0)] * len(sizes),
+        )
+        return [
+            lax.dynamic_slice_in_dim(buffer, at, size, buffer.ndim - 1) for at, size in zip(offsets, sizes, strict=True)
+        ]
+
+    # Elsewhere a branch would wait for the host.
+    found: list[jax.Array] = lax.platform_dependent(
+        buffer, cpu=cut_at_unknown, default=lambda buffer: _split(buffer, sizes)
+    )
+    return found
+
+
+@_pieces.defjvp
+def _pieces_jvp(
+    sizes: tuple[int, ...], primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    # The transpose of slices would be as many paddings as there are.
+    return _pieces(*primals, sizes), _split(*tangents, sizes)
+
+
+def _split(buffer: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
+    return list(lax.split(buffer, sizes, buffer.ndim - 1))

@@ -1,0 +1,138 @@
+"""Where packed trees come from, and how bricks act on them.
+
+Which leaves are small is measured, by `benchmarks/packing_threshold.py`: below some
+size a leaf costs more by itself than what it takes to move its bytes into a
+buffer and out again.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from functional_optimodules.core.packing import Packed, Packing, is_packed, packing_of, unpack
+
+# Bytes; for lack of a measurement, other backends take the first.
+_MEASURED = {"cpu": 2**16}
+_FEWEST = 8
+_chosen: dict[str, int] = {}
+
+
+def small_leaf() -> int:
+    """Return the most bytes of a leaf that is packed on the backend in use."""
+    backend = jax.default_backend()
+    return _chosen.get(backend, _MEASURED.get(backend, _MEASURED["cpu"]))
+
+
+def set_small_leaf(size: int | None) -> None:
+    """Set the most bytes of a leaf that is packed on the backend in use, from now on.
+
+    Optimizers and federations that have packed already stay as they are.
+
+    Args:
+      size: bytes, >= 0, where 0 packs nothing; `None` for what was measured.
+
+    Raises:
+      ValueError: if it is anything else.
+    """
+    if size is None:
+        _chosen.pop(jax.default_backend(), None)
+    elif type(size) is not int or size < 0:
+        raise ValueError(f"set_small_leaf: {size!r} should be a number of bytes of at least 0, or None")
+    else:
+        _chosen[jax.default_backend()] = size
+
+
+def pack(tree: Any, *, like: Any = None, small: int | None = None) -> Packed:
+    """Pack a tree: its small leaves into one buffer for each dtype and sharding.
+
+    The large leaves of the result are those of the tree, and not copies.
+
+    Args:
+      tree: arrays: parameters, or what is shaped like them.
+      like: a packed tree to pack as, such as the parameters for their gradients.
+      small: the most bytes of a leaf that is packed; `small_leaf()` if `None`.
+
+    Raises:
+      TypeError: if `like` is not packed.
+      ValueError: if the tree does not have the structure and shapes of `like`, or
+        `small` is no number of bytes.
+    """
+    if is_packed(tree) and (like is None or like.packing == tree.packing):
+        return tree
+    if like is not None:
+        if not is_packed(like):
+            raise TypeError(f"pack: like={type(like).__name__} should be a packed tree")
+        return like.packing.pack(unpack(tree))
+    small = small_leaf() if small is None else small
+    if type(small) is not int or small < 0:
+        raise ValueError(f"pack: small={small!r} should be a number of bytes of at least 0")
+    return Packing.of(tree, small).pack(tree)
+
+
+def automatic(tree: Any) -> Packing | None:
+    """Return how to pack a tree, or `None` if it is not worth it."""
+    packing = Packing.of(tree, small_leaf(), _FEWEST)
+    return packing if packing.groups else None
+
+
+def packed_as(tree: Any, packing: Packing | None) -> Any:
+    """Return parameters, or what is shaped like them, packed in one way, or unpacked for `None`."""
+    if packing is None or tree is None:
+        return unpack(tree)
+    return tree if is_packed(tree) and tree.packing == packing else packing.pack(unpack(tree))
+
+
+def pack_aux(aux: Any, packing: Packing) -> Any:
+    """Pack those of auxiliary variables that are shaped like the parameters."""
+    shaped = [name for name, marks in aux.variables().items() if "params" in marks]
+    return dataclasses.replace(aux, **{name: packed_as(getattr(aux, name), packing) for name in shaped})
+
+
+def map_parameters(function: Callable[..., Any], *trees: Any) -> Any:
+    """Map a function over the parameters of trees, also where these are packed.
+
+    It means what `jax.tree.map` does: the function sees each parameter as the model
+    has it. Where they are packed, parameters of one shape are mapped together.
+
+    Args:
+      function: of one array of each tree; it returns one of the same shape.
+      *trees: trees of one structure, all packed alike or none.
+    """
+    if not is_packed(trees[0]):
+        return jax.tree.map(function, *trees)
+    packing = trees[0].packing
+
+    def of_group(group: tuple[int, ...], *buffers: Any) -> Any:
+        pieces = []
+        for offset, count, shape in packing.rows(group):
+            size = count * math.prod(shape)
+            rows = [buffer[offset : offset + size].reshape(count, *shape) for buffer in buffers]
+            pieces.append(jax.vmap(function)(*rows).reshape(size))
+        return jnp.concatenate(pieces)
+
+    buffers = map(of_group, packing.groups, *(tree.buffers for tree in trees))
+    return Packed(packing, (*buffers, *map(function, *(tree.large for tree in trees))))
+
+
+def unpacking(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of a brick that unpacks what it is given, and packs the updates that it returns."""
+    if hasattr(method, "unpacks"):
+        return method
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.packable or packing_of((args, kwargs)) is None:
+            return method(self, *args, **kwargs)
+        result = method(self, *unpack(args), **unpack(kwargs))
+        if method.__name__ != "update":
+            return result
+        updates = args[0] if args else kwargs["updates"]
+        return (updates.packing.pack(result[0]) if is_packed(updates) else result[0]), result[1]
+
+    call.unpacks = True  # type: ignore[attr-defined]
+    return call
