@@ -22,6 +22,9 @@ from functional_optimodules.core.numerics import wide
 from functional_optimodules.federated.batches import Batches
 from functional_optimodules.federated.loss import averaged
 
+# Measured from 2 to 128 columns, with 20 and 128 examples: beyond 32 it depends on both.
+_NARROW = 32
+
 
 class Report(NamedTuple):
     """What a client's round came to.
@@ -60,7 +63,7 @@ def work(
         batch, mask = batches.take(order, index)
         loss = averaged(loss_fn, mask, batches.size)
         gradients, metrics = jax.grad(loss, has_aux=True)(y, batch, jax.random.fold_in(epoch_key, index + 1))
-        updates, state = client.update(gradients, state, y)
+        updates, state = client.update(jax.tree.map(_laid_out, gradients), state, y)
         return optax.apply_updates(y, updates), state, averages.add(metrics, mask, batches.size)
 
     def epoch(index: jax.Array, carry: Any) -> Any:
@@ -75,6 +78,17 @@ def work(
     delta = jax.tree.map(lambda new, old: wide(new) - wide(old), y, params)
     report = Report(delta, client.collect_channels(state), averages.value(), batches.examples)
     return report, client.commit(state)
+
+
+def _laid_out(gradient: jax.Array) -> jax.Array:
+    """Have the gradient of a tall, narrow matrix written with its long axis last; its values are the same.
+
+    On CPU a product of matrices is vectorised along the last axis of its result: of
+    784 x 10 numbers it takes three times as long as of 10 x 784. What is gained is lost
+    again where the short axis is beyond some vectors' width.
+    """
+    narrow = gradient.ndim == 2 and 1 < gradient.shape[1] <= _NARROW and gradient.shape[1] < gradient.shape[0]
+    return jax.lax.optimization_barrier(gradient.T).T if narrow and jax.default_backend() == "cpu" else gradient
 
 
 def assess(loss_fn: Callable[..., Any], params: Any, batches: Batches, key: jax.Array) -> dict[str, jax.Array]:

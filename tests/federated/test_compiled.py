@@ -1,12 +1,14 @@
 """What the compiled programs take: memory that grows with the chunk, and with nothing else."""
 
+import re
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from functional_optimodules.federated import FederatedData
+import functional_optimodules as fo
+from functional_optimodules.federated import FederatedData, Federation
 
 from . import problem
 
@@ -35,3 +37,21 @@ def test_temporary_memory_depends_neither_on_the_bank_nor_on_the_participants(ma
 
 def test_vmap_takes_memory_by_participant() -> None:
     assert memory(100, 64, "vmap")[0] > 4 * memory(100, 8, "vmap")[0]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends lay out results as they like")
+@pytest.mark.parametrize(("shape", "long_axis_last"), [((300, 10), True), ((300, 48), False), ((10, 300), False)])
+def test_the_gradient_of_a_tall_narrow_matrix_is_written_with_its_long_axis_last(
+    shape: tuple[int, int], long_axis_last: bool
+) -> None:
+    client = {"x": np.ones((8, shape[0]), np.float32), "y": np.zeros(8, np.int32)}
+    data = FederatedData.from_clients([client] * 2)
+    federation = Federation(problem.loss, fo.Optimizer(0.1), batch_size=4, mapping="scan")
+    state = federation.init({"w": np.ones(shape, np.float32), "b": np.zeros(shape[1], np.float32)}, data)
+    program = jax.jit(lambda s, d, w: federation.round(s, d, w))
+    text = program.lower(state, data, np.arange(2, dtype=np.int32)).compile().as_text()
+    sizes = "|".join(map(str, shape))
+    found = re.findall(rf"= f32\[((?:{sizes}),(?:{sizes}))\]\{{(\d,\d)\}} dot\(", text)
+    # As they lie in memory, however XLA says it: [10,300]{1,0} lies as [300,10]{0,1} does.
+    order = [dims.split(",") if layout == "1,0" else dims.split(",")[::-1] for dims, layout in found]
+    assert order == [[str(size) for size in (sorted(shape) if long_axis_last else shape)]]
