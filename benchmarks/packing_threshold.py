@@ -1,0 +1,91 @@
+"""From which leaf size packing stops to pay, on the device at hand.
+
+    python benchmarks/packing_threshold.py
+
+For leaves of 64 to 1,048,576 elements, as many as give about 4 M together and at most 500:
+a training step on a packed state beside the same step on the tree, and an update that packs
+gradients and parameters, and unpacks what it gives, beside one that does not. Both sides are ours,
+in turn. The last line is the threshold that the two tables speak for.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from step_timing import interleave, parse_arguments, ratio, table, write
+from step_trees import Stepper, copy, given_step, normal, our_optimizer, require_same, trained_step, uniform
+
+import functional_optimodules as fo
+
+SIZES = tuple(2**exponent for exponent in range(6, 21, 2))
+TOTAL, MOST = 2**22, 500
+
+
+def in_and_out(optimizer):
+    """Return a step with trees in and out, packed in between; the state stays packed."""
+
+    def step(params, state, gradients):
+        packed = fo.pack(params, small=4 * TOTAL)
+        updates, state = optimizer.update(fo.pack(gradients, small=4 * TOTAL), state, packed)
+        return optax.apply_updates(params, fo.unpack(updates)), state
+
+    return step
+
+
+def make_sides(question, leaves, elements):
+    params, optimizer = normal(uniform(leaves, elements)), our_optimizer()
+    packed = fo.pack(copy(params), small=4 * TOTAL)
+    given = jnp.float32(1) if question == "training" else normal(uniform(leaves, elements), seed=1)
+    plain, other = (trained_step,) * 2 if question == "training" else (given_step, in_and_out)
+    donate = {"donate_argnums": (0, 1)}
+    kept = packed if question == "training" else copy(params)
+    return {
+        "plain": Stepper(jax.jit(plain(optimizer), **donate), copy(params), optimizer.init(params), given),
+        "packed": Stepper(jax.jit(other(optimizer), **donate), kept, optimizer.init(packed), given),
+    }
+
+
+def measure(question, seconds):
+    """Return the rows of one question, and the sizes at which packing pays."""
+    rows, pays = [], []
+    for elements in SIZES:
+        leaves = max(4, min(MOST, TOTAL // elements))
+        sides = make_sides(question, leaves, elements)
+        require_same(sides, steps=2)
+        times = interleave(sides, seconds)
+        value, low, high = ratio(times["plain"], times["packed"])
+        medians = [f"{1e3 * np.median(times[name]):.3f}" for name in ("plain", "packed")]
+        rows.append((f"{elements:,}", leaves, *medians, f"{value:.2f}", f"{low:.2f} to {high:.2f}"))
+        print(question, *rows[-1], sep=" | ", flush=True)
+        if value > 1:
+            pays.append(elements)
+    return rows, pays
+
+
+def threshold(pays):
+    """Return the largest size up to which packing pays without a gap, or 0."""
+    unbroken = [size for index, size in enumerate(SIZES) if size in pays and set(SIZES[:index]) <= set(pays)]
+    return max(unbroken, default=0)
+
+
+def main():
+    args = parse_arguments(__doc__)
+    questions = {
+        "training": "A training step, loss included: packed state beside tree",
+        "in and out": "Gradients given, trees in and out: packed inside beside not",
+    }
+    sections, found = [], {}
+    header = ("elements a leaf", "leaves", "plain, ms", "packed, ms", "plain / packed", "90 % interval")
+    for question, title in questions.items():
+        rows, pays = measure(question, args.seconds / 4)
+        found[question] = threshold(pays)
+        sections.append([f"## {title}", "", *table(header, rows)])
+    # What the library does by itself must not slow anybody down: the smaller of the two.
+    verdict = [f"- {question}: packing pays up to {size:,} elements a leaf" for question, size in found.items()]
+    sections.append([*verdict, "", f"Threshold: {min(found.values()):,} elements, {4 * min(found.values()):,} bytes."])
+    intro = ["Clip by the global norm, Adam, decoupled decay, learning rate, apply, donated; leaves of one size."]
+    write(args.results / f"packing_threshold_{jax.default_backend()}.md", "Where packing pays", intro, *sections)
+
+
+if __name__ == "__main__":
+    main()

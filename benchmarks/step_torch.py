@@ -1,0 +1,58 @@
+"""A worker that takes steps with PyTorch's AdamW when asked: JSON in, seconds out. It needs PyTorch and NumPy.
+
+A case is `["make", kind, shapes, settings]`, with "foreach" or "fused" for the kind, or `["step"]`.
+"""
+
+import json
+import sys
+import time
+
+import numpy as np
+import torch
+
+
+def make(kind, shapes, settings):
+    """Return a function that takes a step, and the parameters."""
+    torch.set_num_threads(settings["threads"])
+    trees = []
+    for seed in (0, 1):
+        rng = np.random.default_rng(seed)
+        trees.append([torch.from_numpy(0.1 * rng.standard_normal(shape, np.float32)) for shape in shapes])
+    params = [torch.nn.Parameter(array) for array in trees[0]]
+    for param, gradient in zip(params, trees[1], strict=True):
+        param.grad = gradient
+    optimizer = torch.optim.AdamW(
+        params,
+        lr=settings["lrate"],
+        betas=(0.9, settings["beta_2"]),
+        eps=settings["eps"],
+        weight_decay=settings["decay"] / settings["lrate"],
+        **{kind: True},
+    )
+
+    def step():
+        # The gradients stay clipped from step to step: the same numbers, and the same work.
+        torch.nn.utils.clip_grad_norm_(params, settings["max_norm"], foreach=True)
+        optimizer.step()
+
+    return step, params
+
+
+def main():
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        command, *arguments = json.loads(line)
+        if command == "make":
+            step, params = make(*arguments)
+            answer = f"PyTorch {torch.__version__}"
+        elif command == "step":
+            start = time.perf_counter()
+            step()
+            answer = time.perf_counter() - start
+        else:
+            answer = sum(float(param.detach().double().square().sum()) for param in params)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
