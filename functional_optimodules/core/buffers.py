@@ -24,10 +24,8 @@ _FEW_SLICES = 32
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def join(arrays: list[jax.Array], shapes: tuple[Shape, ...]) -> jax.Array:
     """Lay arrays of some shapes, behind any leading axes, end to end."""
-    flat = [
-        array.reshape((*array.shape[: array.ndim - len(shape)], -1)) for array, shape in zip(arrays, shapes, strict=True)
-    ]
-    return jnp.concatenate(flat, axis=-1)
+    leads = [array.shape[: array.ndim - len(shape)] for array, shape in zip(arrays, shapes, strict=True)]
+    return jnp.concatenate([array.reshape((*lead, -1)) for array, lead in zip(arrays, leads, strict=True)], axis=-1)
 
 
 def cut(buffer: jax.Array, shapes: tuple[Shape, ...]) -> list[jax.Array]:

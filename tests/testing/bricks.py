@@ -268,3 +268,12 @@ class NarrowMean(Regularizer, register=False):
     def update(self, updates, state, params=None, **extra_args):
         moved = jax.tree.map(lambda k, p: (k + p) / 2, state.kept, self.require(params))
         return jax.tree.map(lambda g, k: g + self.alpha * k, updates, moved), State(moved)
+
+
+class PerParameter(Sum, register=False):
+    """It says that it treats elements alike, and subtracts the mean of each parameter."""
+
+    packable: ClassVar[bool] = True
+
+    def update(self, updates, state, params=None, **extra_args):
+        return jax.tree.map(lambda g: g - jnp.mean(g), updates), state

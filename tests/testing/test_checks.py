@@ -29,6 +29,7 @@ from .bricks import (
     OldKey,
     OnlyInScan,
     OwnEquality,
+    PerParameter,
     Random,
     RootAtZero,
     SameKey,
@@ -93,6 +94,7 @@ BROKEN = {
     "check_odd_trees": [(NeedsALeaf, "concatenate"), (DividesByCount, "give")],
     "check_chained_after_running": [(HiddenState, "other updates")],
     "check_copies_are_independent": [(HiddenState, "continues differently")],
+    "check_packed_is_as_unpacked": [(PerParameter, "leave out `packable = True`")],
     "check_collect_reads_only": [
         (RandomCollect, "asked again"),
         (EmptyingCollect, "changes the state"),
