@@ -45,24 +45,30 @@ class Compiled:
         self.layout = functools.cache(self._layout)
         self.starts_from_values = functools.cache(self._starts_from_values)
 
+    # Of what is donated, the state comes first, and so it does in what is returned: JAX pairs
+    # donated buffers with outputs of their shape in order, and XLA copies where pairs cross.
+
     def _step(
         self, specs: Specs, packing: Packing | None, state: Any, gradients: Any, params: Any, extra_args: dict[str, Any]
     ) -> Any:
-        owner = type(self.brick).__name__
-        specs.require_tree(_shapes(gradients), f"{owner}: the tree of gradients")
-        if params is not None:
-            specs.require_tree(_shapes(params), f"{owner}: the tree of parameters")
+        self._require(specs, gradients, params)
         output, new = self.brick.update(packed_as(gradients, packing), state, packed_as(params, packing), **extra_args)
         require_same_state(self.brick, "update", state, new)
-        return (output if is_packed(gradients) or is_packed(params) else unpack(output)), new
+        return new, output if is_packed(gradients) or is_packed(params) else unpack(output)
 
     def _apply(
         self, specs: Specs, packing: Packing | None, state: Any, params: Any, gradients: Any, extra_args: dict[str, Any]
     ) -> Any:
-        given, params = params, packed_as(params, packing)
-        updates, new = self._step(specs, packing, state, gradients, params, extra_args)
-        applied = optax.apply_updates(params, updates)
-        return (applied if is_packed(given) else unpack(applied)), new
+        self._require(specs, gradients, params)
+        packed = packed_as(params, packing)
+        new, updates = self._step(specs, packing, state, gradients, packed, extra_args)
+        applied = optax.apply_updates(packed, updates)
+        return new, applied if is_packed(params) else unpack(applied)
+
+    def _require(self, specs: Specs, gradients: Any, params: Any) -> None:
+        for what, tree in (("gradients", gradients), ("parameters", params)):
+            if tree is not None:
+                specs.require_tree(_shapes(tree), f"{type(self.brick).__name__}: the tree of {what}")
 
     def _pack(self, packing: Packing | None, state: Any) -> Any:
         if packing is None:

@@ -22,6 +22,7 @@ from functional_optimodules.core.paths import ParamsNeeded, Specs, specs_from_js
 
 # Rounds begun before the first step are replayed at it: a number read from a file must not hang it.
 _MOST_ROUNDS = 10**6
+_NUMBERS = {bool, int, float, complex}
 _STATE_KEYS = ("name", "params", "variables", "rounds_begun", "message_out", "clients")
 
 
@@ -114,19 +115,23 @@ class Session:
 
     def _donate(self, function: Any, like: Any, params: Any, *args: Any) -> Any:
         # Under grad or vmap any one leaf may be the traced one, and the call would donate the state.
-        if _traced(args):
+        kinds = set(map(type, jax.tree.leaves(args)))
+        if _any_traced(kinds):
             raise self._under_trace()
+        if kinds & _NUMBERS:
+            args = jax.tree.map(_as_array, args)
         if self.specs is not None and self.specs.hung:
             state, specs, packing = self.state, self.specs, self.packing
         else:
             state, specs, packing = self._on(like, params)
         if self.message_out or self.rounds_begun:
             state = self._begun(self._committed(state), params)
-        given = next((tree.packing for tree in args if is_packed(tree)), packing)
-        if given != packing:
+        given: Packing | None = next((tree.packing for tree in args if is_packed(tree)), packing)
+        if given is not None and given != packing:
+            specs.require_tree(given.model().shapes(), f"{self.owner}: the tree of what is packed")
             state, packing = self.compiled.pack(given, state), given
         try:
-            output, new = function(specs, packing, state, *args)
+            new, output = function(specs, packing, state, *args)
         except Exception as error:
             if _traced(state):
                 raise self._under_trace() from error
@@ -310,7 +315,16 @@ class Session:
 
 
 def _traced(tree: Any) -> bool:
-    return any(issubclass(kind, jax.core.Tracer) for kind in set(map(type, jax.tree.leaves(tree))))
+    return _any_traced(set(map(type, jax.tree.leaves(tree))))
+
+
+def _any_traced(kinds: set[type]) -> bool:
+    return any(issubclass(kind, jax.core.Tracer) for kind in kinds)
+
+
+def _as_array(leaf: Any) -> Any:
+    # A number would be traced again where there was an array, as it promotes otherwise.
+    return jnp.array(leaf, jnp.result_type(leaf)) if type(leaf) in _NUMBERS else leaf
 
 
 @jax.jit

@@ -6,9 +6,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
+import functional_optimodules as fo
 from functional_optimodules import (
     AdamModule,
     CosineAnnealing,
@@ -227,3 +229,29 @@ def test_reset_lets_go_of_the_state():
     references = state_of(brick)
     brick.reset()
     assert alive(references) == []
+
+
+@pytest.mark.parametrize("number", [0.5, np.float32(0.5), jnp.asarray(0.5, jnp.float32)], ids=["float", "NumPy", "JAX"])
+def test_a_number_in_the_place_of_an_array_traces_nothing_again(number):
+    module = Counting()
+    module.run({**gradients(0), "b": jnp.float32(0.5)}, PARAMS, scale=jnp.float32(2))
+    for scale in (number, 2.0, jnp.float32(3)):
+        module.run({**gradients(1), "b": number}, {**PARAMS, "b": number}, scale=scale)
+    assert TRACES == ["update"]
+
+
+def test_rates_that_are_numbers_or_arrays_of_one_value_share_a_trace():
+    optimizers = [Optimizer(rate, modules=[Counting(beta=0.5)]) for rate in (0.5, np.float32(0.5), jnp.float32(0.5))]
+    for optimizer in optimizers:
+        optimizer.apply_gradients(PARAMS, gradients(0))
+    assert TRACES == ["update"]
+
+
+def test_packed_and_unpacked_steps_are_traced_once_each():
+    params = {f"{index:02d}": jnp.ones(3) for index in range(40)}
+    module, packed = Counting(), fo.pack(params)
+    for _ in range(3):
+        module.on_round_start()
+        module.run(params)
+        module.run(packed)
+    assert sorted(TRACES) == ["begin_round", "update", "update"]
