@@ -17,7 +17,7 @@ from step_trees import Stepper, copy, given_step, normal, our_optimizer, require
 
 import functional_optimodules as fo
 
-SIZES = tuple(2**exponent for exponent in range(6, 21, 2))
+SIZES = tuple(2**exponent for exponent in (6, 8, 10, 11, 12, 13, 14, 16, 18, 20))
 TOTAL, MOST = 2**22, 500
 
 
