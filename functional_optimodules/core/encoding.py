@@ -7,8 +7,8 @@ its array. Nothing is trusted when read: sizes are checked against the bytes
 that are there before any array is made.
 """
 
-import base64
 import binascii
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +25,8 @@ from functional_optimodules.core.paths import Specs, is_path_tree, keystr, read_
 
 KEY = "key:"
 _OWN_GENERATORS = {"chacha20": CHACHA20}
+# NumPy takes longer to name a dtype than to encode a small array.
+_name: Callable[[Any], str] = functools.cache(str)
 
 
 def is_key(leaf: Any) -> bool:
@@ -40,8 +42,9 @@ def encode_array(array: Any) -> dict[str, Any]:
     values = np.asarray(array)
     if sys.byteorder == "big":
         values = values.byteswap()
-    data = base64.b64encode(np.ascontiguousarray(values).view(np.uint8).data if values.size else b"")
-    return {"dtype": str(values.dtype), "shape": list(values.shape), "data": data.decode("ascii")}
+    raw = np.ascontiguousarray(values).view(np.uint8).data if values.size else b""
+    data = str(binascii.b2a_base64(raw, newline=False), "ascii")
+    return {"dtype": _name(values.dtype), "shape": list(values.shape), "data": data}
 
 
 def _generator_name(keys: Any) -> str:
@@ -72,12 +75,22 @@ def decode_array(payload: Any, what: str) -> jax.Array:
     name = payload["dtype"]
     if isinstance(name, str) and name.startswith(KEY):
         return _decode_keys(name.removeprefix(KEY), shape, payload["data"], what)
-    return jnp.array(_decode_values(read_dtype(name, what), shape, payload["data"], what))
+    return _put(_decode_values(read_dtype(name, what), shape, payload["data"], what))
+
+
+# On the CPU, `device_put` takes memory that is so aligned over rather than copy it, `may_alias` or not, and what is not
+# JAX's own cannot be donated in place. `jnp.array` always copies, a large array twice, but costs less per call.
+_ALIGNMENT, _LARGE = 64, 2**16
+
+
+def _put(values: np.ndarray[Any, Any]) -> jax.Array:
+    aligned = values.ctypes.data % _ALIGNMENT == 0
+    return jnp.array(values) if aligned or values.nbytes < _LARGE else jax.device_put(values)
 
 
 def _decode_values(dtype: Any, shape: tuple[int, ...], data: Any, what: str) -> np.ndarray[Any, Any]:
     try:
-        raw = base64.b64decode(data, validate=True)
+        raw = binascii.a2b_base64(data, strict_mode=True)
     except (binascii.Error, TypeError, ValueError) as error:
         raise ValueError(f"{what}: 'data' is not base64 ({error})") from None
     expected = math.prod(shape) * dtype.itemsize
@@ -96,7 +109,7 @@ def _decode_keys(name: str, shape: tuple[int, ...], data: Any, what: str) -> jax
     except (TypeError, ValueError):
         raise ValueError(f"{what}: {name!r} is no generator of random numbers that JAX has") from None
     values = _decode_values(np.dtype(np.uint32), shape + words, data, what)
-    return jax.random.wrap_key_data(jnp.array(values), impl=generator)
+    return jax.random.wrap_key_data(_put(values), impl=generator)
 
 
 def encode_tree(tree: Any, specs: Specs) -> dict[str, Any]:
@@ -154,7 +167,7 @@ def decode_like(payload: Any, like: Any, what: str) -> jax.Array:
     if isinstance(payload, Mapping):
         if payload.get("shape") != list(like.shape):
             raise ValueError(f"{what} has shape {payload.get('shape')!r}: expected {list(like.shape)}")
-        if not is_key(like) and payload.get("dtype") != str(like.dtype):
+        if not is_key(like) and payload.get("dtype") != _name(like.dtype):
             raise ValueError(f"{what} has dtype {payload.get('dtype')!r}: expected {str(like.dtype)!r}")
     array = decode_array(payload, what)
     if array.dtype != like.dtype:

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +131,33 @@ def test_payloads_of_not_a_number_and_infinities_are_kept(name: str) -> None:
 def test_bytes_are_little_endian() -> None:
     assert encode_array(jnp.array([1], jnp.int32))["data"] == "AQAAAA=="
     assert encode_array(jnp.array(1.0, jnp.bfloat16)) == {"dtype": "bfloat16", "shape": [], "data": "gD8="}
+
+
+@pytest.mark.parametrize("size", [1, 100, 20_000])
+def test_decoded_arrays_own_their_memory_so_that_they_are_donated_in_place(size: int) -> None:
+    double = jax.jit(lambda x: x + x, donate_argnums=0)
+    payload = encode_array(jnp.arange(size, dtype=jnp.float32))
+    # Of so many, some are decoded from bytes that JAX could take over where they are.
+    for array in [decode_array(payload, "x") for _ in range(64)]:
+        place = array.unsafe_buffer_pointer()
+        assert double(array).unsafe_buffer_pointer() == place
+
+
+def test_encoding_holds_no_more_than_one_array_twice() -> None:
+    tree = {name: jnp.ones(2**18) for name in "abcdefgh"}
+    specs = Specs.of(tree)
+    tracemalloc.start()
+    payload = encode_tree(tree, specs)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    text = sum(len(array["data"]) for array in payload.values())
+    assert peak < text * (1 + 2 / 8)
+
+
+@pytest.mark.parametrize("data", ["A", "AAA", "AA=A", "=AAA", "AAAAA===", "AAAA\n", " AAAA", "AA-_", "AAé=", None, 1])
+def test_only_strict_base64_is_read(data: Any) -> None:
+    with pytest.raises(ValueError, match=r"^x: 'data' is not base64"):
+        decode_array({"dtype": "uint8", "shape": [3], "data": data}, "x")
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
