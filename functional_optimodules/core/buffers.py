@@ -9,6 +9,7 @@ Leading axes, the same for all arrays, stay in front.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,12 @@ def _cut_compiled(buffer: jax.Array, shapes: tuple[Shape, ...]) -> list[jax.Arra
     return [piece.reshape((*piece.shape[:-1], *shape)) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
+def lie(array: Any, home: Any) -> Any:
+    """Have an array lie so on a mesh of devices, in a compiled program too; anywhere for `None`."""
+    on_host = isinstance(array, np.ndarray) or not hasattr(array, "ndim")
+    return array if home is None or on_host else lax.with_sharding_constraint(array, home)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _pieces(buffer: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
     """Cut along the last axis.
@@ -57,25 +64,18 @@ def _pieces(buffer: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
     branch, so that of offsets that come out of one it knows nothing, and the
     kernels of pieces of one size are one.
     """
-    if len(sizes) <= _FEW_SLICES:
+    # Elsewhere than on CPU a branch would wait for the host.
+    if len(sizes) <= _FEW_SLICES or jax.default_backend() != "cpu":
         return _split(buffer, sizes)
     starts = np.cumsum([0, *sizes[:-1]], dtype=np.uint32)
-
-    def cut_at_unknown(buffer: jax.Array) -> list[jax.Array]:
-        offsets = lax.cond(
-            lax.optimization_barrier(jnp.array(True)),
-            lambda: [jnp.uint32(start) for start in starts],
-            lambda: [jnp.uint32(0)] * len(sizes),
-        )
-        return [
-            lax.dynamic_slice_in_dim(buffer, at, size, buffer.ndim - 1) for at, size in zip(offsets, sizes, strict=True)
-        ]
-
-    # Elsewhere a branch would wait for the host.
-    found: list[jax.Array] = lax.platform_dependent(
-        buffer, cpu=cut_at_unknown, default=lambda buffer: _split(buffer, sizes)
+    offsets = lax.cond(
+        lax.optimization_barrier(jnp.array(True)),
+        lambda: [jnp.uint32(start) for start in starts],
+        lambda: [jnp.uint32(0)] * len(sizes),
     )
-    return found
+    lead = buffer.shape[:-1]
+    first = (jnp.uint32(0),) * len(lead)
+    return [lax.dynamic_slice(buffer, (*first, at), (*lead, size)) for at, size in zip(offsets, sizes, strict=True)]
 
 
 @_pieces.defjvp

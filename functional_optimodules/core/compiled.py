@@ -6,21 +6,67 @@ kept alive by it. What is checked while tracing costs nothing in later calls.
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from functional_optimodules.core.buffers import lie
 from functional_optimodules.core.dependence import reads_values
-from functional_optimodules.core.encoding import Layout
+from functional_optimodules.core.encoding import Layout, is_sharded
 from functional_optimodules.core.entropy import shapes_only
-from functional_optimodules.core.packed import pack_aux, packed_as
-from functional_optimodules.core.packing import Packing, is_packed, packing_of, unpack
+from functional_optimodules.core.packed import pack_auxes, packed_as
+from functional_optimodules.core.packing import Packed, Packing, is_packed, packing_of, unpack
 from functional_optimodules.core.paths import Specs, show
 
 # What is allocated on the word of a message, before there are parameters.
 _MOST_BYTES = 2**32
+
+
+class Form(NamedTuple):
+    """What a step is compiled for. Hashable.
+
+    Attributes:
+      specs: the parameters' container, paths, shapes and dtypes.
+      packing: how the state is packed, and the parameters are for the step, or `None`.
+      homes: where parameters that are laid out over a mesh of devices lie, and the
+        leaves of the state beside them; `None` for others.
+    """
+
+    specs: Specs
+    packing: Packing | None = None
+    homes: tuple[tuple[Any, ...], tuple[Any, ...]] | None = None
+
+    @classmethod
+    def of(cls, specs: Specs, packing: Packing | None, params: Any, state: Any) -> "Form":
+        """Return the form of a state, and of parameters that may be laid out over a mesh."""
+        homes = tuple(map(_home, jax.tree.leaves(params)))
+        return cls(specs, packing, (homes, tuple(map(_home, jax.tree.leaves(state)))) if any(homes) else None)
+
+    def repacked(self, packing: Packing | None, state: Any) -> "Form":
+        """Return the form of the state once it is packed otherwise."""
+        homes = self.homes and (self.homes[0], tuple(map(_home, jax.tree.leaves(state))))
+        return self._replace(packing=packing, homes=homes)
+
+    def homed(self, state: Any) -> Any:
+        """Have a new state lie where the last one does."""
+        if self.homes is None:
+            return state
+        leaves, treedef = jax.tree.flatten(state)
+        return jax.tree.unflatten(treedef, map(lie, leaves, self.homes[1]))
+
+    def homed_params(self, tree: Any) -> Any:
+        """Have parameters, or what is shaped like them, lie where these do."""
+        if self.homes is None:
+            return tree
+        homes = self.specs.treedef.unflatten(self.homes[0])
+        if is_packed(tree):
+            places = tree.packing.specs.treedef.flatten_up_to(homes)
+            large = (lie(leaf, places[at]) for leaf, at in zip(tree.large, tree.packing.large, strict=True))
+            return Packed(tree.packing, (*map(lie, tree.buffers, tree.packing.homes), *large))
+        leaves, treedef = jax.tree.flatten(tree)
+        return jax.tree.unflatten(treedef, map(lie, leaves, self.homes[0]))
 
 
 @functools.lru_cache(maxsize=512)
@@ -34,9 +80,9 @@ class Compiled:
 
     def __init__(self, brick: Any) -> None:
         self.brick = brick
-        self.step = jax.jit(self._step, static_argnums=(0, 1), donate_argnums=2)
-        self.apply = jax.jit(self._apply, static_argnums=(0, 1), donate_argnums=2)
-        self.apply_donated = jax.jit(self._apply, static_argnums=(0, 1), donate_argnums=(2, 3))
+        self.step = jax.jit(self._step, static_argnums=0, donate_argnums=1)
+        self.apply = jax.jit(self._apply, static_argnums=0, donate_argnums=1)
+        self.apply_donated = jax.jit(self._apply, static_argnums=0, donate_argnums=(1, 2))
         self.pack = jax.jit(self._pack, static_argnums=0)
         self.begin_round = jax.jit(self._begin_round)
         self.commit = jax.jit(self._commit)
@@ -48,22 +94,24 @@ class Compiled:
     # Of what is donated, the state comes first, and so it does in what is returned: JAX pairs
     # donated buffers with outputs of their shape in order, and XLA copies where pairs cross.
 
-    def _step(
-        self, specs: Specs, packing: Packing | None, state: Any, gradients: Any, params: Any, extra_args: dict[str, Any]
-    ) -> Any:
-        self._require(specs, gradients, params)
+    def _step(self, form: Form, state: Any, gradients: Any, params: Any, extra_args: dict[str, Any]) -> Any:
+        self._require(form.specs, gradients, params)
+        new, output = self._update(form.packing, state, gradients, params, extra_args)
+        return form.homed(new), form.homed_params(
+            output if is_packed(gradients) or is_packed(params) else unpack(output)
+        )
+
+    def _apply(self, form: Form, state: Any, params: Any, gradients: Any, extra_args: dict[str, Any]) -> Any:
+        self._require(form.specs, gradients, params)
+        packed = packed_as(params, form.packing)
+        new, updates = self._update(form.packing, state, gradients, packed, extra_args)
+        applied = optax.apply_updates(packed, updates)
+        return form.homed(new), form.homed_params(applied if is_packed(params) else unpack(applied))
+
+    def _update(self, packing: Any, state: Any, gradients: Any, params: Any, extra_args: dict[str, Any]) -> Any:
         output, new = self.brick.update(packed_as(gradients, packing), state, packed_as(params, packing), **extra_args)
         require_same_state(self.brick, "update", state, new)
-        return new, output if is_packed(gradients) or is_packed(params) else unpack(output)
-
-    def _apply(
-        self, specs: Specs, packing: Packing | None, state: Any, params: Any, gradients: Any, extra_args: dict[str, Any]
-    ) -> Any:
-        self._require(specs, gradients, params)
-        packed = packed_as(params, packing)
-        new, updates = self._step(specs, packing, state, gradients, packed, extra_args)
-        applied = optax.apply_updates(packed, updates)
-        return new, applied if is_packed(params) else unpack(applied)
+        return new, output
 
     def _require(self, specs: Specs, gradients: Any, params: Any) -> None:
         for what, tree in (("gradients", gradients), ("parameters", params)):
@@ -90,10 +138,7 @@ class Compiled:
         return new
 
     def _process(self, auxes: dict[str, Any], state: Any) -> Any:
-        packing = packing_of(state)
-        if packing is not None:
-            auxes = {name: pack_aux(aux, packing) for name, aux in auxes.items()}
-        new = self.brick.process_channels(auxes, state)
+        new = self.brick.process_channels(pack_auxes(auxes, packing_of(state)), state)
         require_same_state(self.brick, "process", state, new)
         return new
 
@@ -141,6 +186,10 @@ class Compiled:
                 f"{type(self.brick).__name__}: the parameters would take {size} bytes: call `setup(params)` first"
             )
         return self.init(specs.tree({path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in specs.by_path.items()}))
+
+
+def _home(leaf: Any) -> Any:
+    return leaf.sharding if is_sharded(leaf) else None
 
 
 def _shapes(tree: Any) -> Any:

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from functional_optimodules.core.compiled import Form
 from functional_optimodules.core.packing import is_packed, unpack
 from functional_optimodules.core.paths import Specs, unwrapped
 from functional_optimodules.core.plugin import Plugin
@@ -97,7 +98,7 @@ class Facade(Plugin, kind="facade"):
         """
         session = Session(self.bare())
         # The state of `nnx.Optimizer` has other wrappers around its leaves than the parameters.
-        session.state, session.specs = unwrapped(unpack(state)), Specs.of(unwrapped(unpack(params)))
+        session.state, session.form = unwrapped(unpack(state)), Form(Specs.of(unwrapped(unpack(params))))
         return session.save()
 
     def load(self, saved: Mapping[str, Any], params: Any) -> Any:
@@ -114,9 +115,9 @@ class Facade(Plugin, kind="facade"):
           KeyError, TypeError, ValueError: as `set_state` does.
         """
         session = Session(self.bare())
-        session.specs = Specs.of(params.shapes() if is_packed(params) else params)
+        session.form = Form(Specs.of(params.shapes() if is_packed(params) else params))
         session.load(saved)
-        if session.specs is None:
+        if session.form is None:
             raise ValueError(
                 f"{type(self).__name__}: there is nothing to load: no parameters were known when it was saved"
             )

@@ -8,7 +8,7 @@ buffer and out again.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from functional_optimodules.core.packing import Packed, Packing, is_packed, packing_of, unpack
 
 # Bytes; for lack of a measurement, other backends take the first.
-_MEASURED = {"cpu": 2**16}
+_MEASURED = {"cpu": 2**14}
 _FEWEST = 8
 _chosen: dict[str, int] = {}
 
@@ -87,10 +87,14 @@ def packed_as(tree: Any, packing: Packing | None) -> Any:
     return tree if is_packed(tree) and tree.packing == packing else packing.pack(unpack(tree))
 
 
-def pack_aux(aux: Any, packing: Packing) -> Any:
-    """Pack those of auxiliary variables that are shaped like the parameters."""
-    shaped = [name for name, marks in aux.variables().items() if "params" in marks]
-    return dataclasses.replace(aux, **{name: packed_as(getattr(aux, name), packing) for name in shaped})
+def pack_auxes(auxes: Mapping[str, Any], packing: Packing | None) -> dict[str, Any]:
+    """Pack those of auxiliary variables, by name, that are shaped like the parameters; unpack them for `None`."""
+
+    def pack_one(aux: Any) -> Any:
+        shaped = [name for name, marks in aux.variables().items() if "params" in marks]
+        return dataclasses.replace(aux, **{name: packed_as(getattr(aux, name), packing) for name in shaped})
+
+    return {name: pack_one(aux) for name, aux in auxes.items()}
 
 
 def map_parameters(function: Callable[..., Any], *trees: Any) -> Any:

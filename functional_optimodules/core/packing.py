@@ -18,34 +18,39 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.tree_util import DictKey
 
-from functional_optimodules.core.buffers import Shape, cut, join
+from functional_optimodules.core.buffers import Shape, cut, join, lie
 from functional_optimodules.core.paths import Specs, show
 
 
+@jax.tree_util.register_static
 class Packing:
-    """How a tree is packed. Hashable.
+    """How a tree is packed. Hashable, and a pytree without leaves.
 
     Attributes:
       specs: the tree's container, and the path, shape and dtype of each leaf.
       groups: for each buffer, the indices of its leaves, in their order there.
+      homes: for each buffer, how it lies on a mesh of devices, or `None` if it does not.
       large: the indices of the leaves in none.
       names: what the buffers and the large leaves are called in a path.
     """
 
-    def __init__(self, specs: Specs, groups: tuple[tuple[int, ...], ...]) -> None:
+    def __init__(
+        self, specs: Specs, groups: tuple[tuple[int, ...], ...], homes: tuple[NamedSharding | None, ...]
+    ) -> None:
         self.specs = specs
         self.groups = groups
+        self.homes = homes
         packed = set(itertools.chain.from_iterable(groups))
         self.large = tuple(index for index in range(len(specs.leaves)) if index not in packed)
         self.names = (*(f"buffer-{index}" for index in range(len(groups))), *(specs.paths[at] for at in self.large))
-        self._hash = hash((specs, groups))
+        self._key = (specs, groups, homes)
+        self._hash = hash(self._key)
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, Packing) and self.groups == other.groups and self.specs == other.specs
-        )
+        return self is other or (isinstance(other, Packing) and self._key == other._key)
 
     def __hash__(self) -> int:
         return self._hash
@@ -74,8 +79,9 @@ class Packing:
             whole = sharding is None or sharding.is_fully_replicated
             if size <= small and whole and jnp.issubdtype(spec.dtype, jnp.inexact):
                 homes.setdefault((spec.dtype, sharding), []).append(index)
-        groups = [sorted(group, key=lambda at: specs.leaves[at].shape) for group in homes.values()]
-        return cls(specs, tuple(tuple(group) for group in groups if len(group) >= fewest))
+        chosen = {key: group for key, group in homes.items() if len(group) >= fewest}
+        groups = tuple(tuple(sorted(group, key=lambda at: specs.leaves[at].shape)) for group in chosen.values())
+        return cls(specs, groups, tuple(home if isinstance(home, NamedSharding) else None for _, home in chosen))
 
     def shapes(self, group: tuple[int, ...]) -> tuple[Shape, ...]:
         """Return the shape of each leaf of a group."""
@@ -108,7 +114,7 @@ class Packing:
                     first, other = (f"{show(leaves[i])} at {self.specs.paths[i]!r}" for i in (group[0], index))
                     raise ValueError(f"pack: {first} and {other} would share a buffer: expected one dtype")
         buffers = [join([leaves[index] for index in group], self.shapes(group)) for group in self.groups]
-        return Packed(self, (*buffers, *(leaves[index] for index in self.large)))
+        return Packed(self, (*map(lie, buffers, self.homes), *(leaves[index] for index in self.large)))
 
     def model(self) -> "Packed":
         """Return the shapes and dtypes of the packed tree."""
@@ -154,7 +160,8 @@ class Packed:
         Raises:
           ValueError: if a buffer does not hold its leaves.
         """
-        return self._tree(cut)
+        buffers = (*map(lie, self.buffers, self.packing.homes), *self.large)
+        return Packed(self.packing, buffers)._tree(cut)
 
     def shapes(self) -> Any:
         """Return the tree's shapes and dtypes."""

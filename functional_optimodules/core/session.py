@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from functional_optimodules.core.aux_var import AuxVar, FromServer
-from functional_optimodules.core.compiled import Compiled, compiled
+from functional_optimodules.core.compiled import Compiled, Form, compiled
 from functional_optimodules.core.encoding import is_sharded
 from functional_optimodules.core.fields import nearest, require_keys
 from functional_optimodules.core.messages import decode_message, encode_message, open_envelopes
 from functional_optimodules.core.numerics import is_finite
 from functional_optimodules.core.packed import automatic
-from functional_optimodules.core.packing import Packing, is_packed, unpack
+from functional_optimodules.core.packing import is_packed, unpack
 from functional_optimodules.core.paths import ParamsNeeded, Specs, specs_from_json
 
 # Rounds begun before the first step are replayed at it: a number read from a file must not hang it.
@@ -31,8 +31,8 @@ class Session:
 
     Attributes:
       state: the brick's state, or `None` while nothing is known of the parameters.
-      specs: the parameters' paths, shapes and dtypes, known when the state is.
-      packing: how the state is packed, and the parameters in each step, or `None` if they are not.
+      form: the parameters' specs, known when the state is, how both are packed, and
+        where they lie on a mesh.
       rounds_begun: how many rounds were begun that wait for a state, or for the
         parameters, and so for the next step.
       message_out: whether a message was collected that is neither committed nor retracted.
@@ -50,24 +50,28 @@ class Session:
                 "use the pure `update(updates, state, params)`"
             ) from error
         self.state: Any = None
-        self.specs: Specs | None = None
-        self.packing: Packing | None = None
+        self.form: Form | None = None
         self.rounds_begun = 0
         self.message_out = False
         self.clients: tuple[str, ...] = ()
 
-    def _assign(self, state: Any, specs: Specs, rounds_begun: int = 0, output: Any = None) -> None:
+    @property
+    def specs(self) -> Specs | None:
+        """The parameters' paths, shapes and dtypes, known when the state is."""
+        return None if self.form is None else self.form.specs
+
+    def _assign(self, state: Any, form: Form, rounds_begun: int = 0, output: Any = None) -> None:
         # Under a trace all that was computed is traced: one leaf tells, and those of the state are fewer.
         if _traced((jax.tree.leaves(state) or jax.tree.leaves(output))[:1]):
             raise self._under_trace()
-        self.state, self.specs = state, specs
+        self.state, self.form = form.homed(state), form
         self.rounds_begun, self.message_out = rounds_begun, False
 
     def _committed(self, state: Any) -> Any:
         return self.compiled.commit(state) if self.message_out else state
 
-    def _on(self, like: Any, params: Any, identity: int | None = None) -> tuple[Any, Specs, Packing | None]:
-        """Return the state over a container like the parameters', made if there is none, and how it is packed."""
+    def _on(self, like: Any, params: Any, identity: int | None = None) -> tuple[Any, Form]:
+        """Return the state over a container like the parameters', made if there is none, and its form."""
         if _traced(like):
             raise self._under_trace()
         packing = like.packing if is_packed(like) else automatic(like)
@@ -77,7 +81,7 @@ class Session:
             if params is None and self.compiled.starts_from_values(specs):
                 raise ValueError(f"{self.owner}: the state starts from the parameters' values: pass `params`")
             if packing is not None and not sharded:
-                return self.compiled.init_packed(packing, like, identity), specs, packing
+                return self.compiled.init_packed(packing, like, identity), Form(specs, packing)
             like = unpack(like)
             state = self.compiled.init(like, identity)
         else:
@@ -86,8 +90,10 @@ class Session:
                 raise ValueError(f"{self.owner}: the parameters are in another container than before: {specs.treedef}")
             state = self.compiled.layout(specs.flat()).rehang(unpack(self.state), self.specs, specs)
         if sharded:
-            state = self.compiled.layout(specs.flat()).place(state, specs, unpack(like))
-        return (state if packing is None else self.compiled.pack(packing, state)), specs, packing
+            like = unpack(like)
+            state = self.compiled.layout(specs.flat()).place(state, specs, like)
+        state = state if packing is None else self.compiled.pack(packing, state)
+        return state, Form.of(specs, packing, like, state)
 
     def _begun(self, state: Any, params: Any) -> Any:
         for _ in range(self.rounds_begun):
@@ -99,9 +105,9 @@ class Session:
         if self.specs is not None and identity is not None:
             raise RuntimeError(f"{self.owner} has a state already: an identity is folded in when it is made")
         out = self.message_out
-        state, specs, packing = self._on(params, params, identity)
-        self._assign(self._begun(state, params), specs)
-        self.packing, self.message_out = packing, out
+        state, form = self._on(params, params, identity)
+        self._assign(self._begun(state, params), form)
+        self.message_out = out
 
     def step(self, gradients: Any, params: Any, extra_args: dict[str, Any]) -> Any:
         """Run `update` and keep its state."""
@@ -120,18 +126,19 @@ class Session:
             raise self._under_trace()
         if kinds & _NUMBERS:
             args = jax.tree.map(_as_array, args)
-        if self.specs is not None and self.specs.hung:
-            state, specs, packing = self.state, self.specs, self.packing
+        if self.form is not None and self.form.specs.hung:
+            state, form = self.state, self.form
         else:
-            state, specs, packing = self._on(like, params)
+            state, form = self._on(like, params)
         if self.message_out or self.rounds_begun:
-            state = self._begun(self._committed(state), params)
-        given: Packing | None = next((tree.packing for tree in args if is_packed(tree)), packing)
-        if given is not None and given != packing:
-            specs.require_tree(given.model().shapes(), f"{self.owner}: the tree of what is packed")
-            state, packing = self.compiled.pack(given, state), given
+            state = form.homed(self._begun(self._committed(state), params))
+        packing = next((tree.packing for tree in args if is_packed(tree)), form.packing)
+        if packing is not None and packing != form.packing:
+            form.specs.require_tree(packing.model().shapes(), f"{self.owner}: the tree of what is packed")
+            state = self.compiled.pack(packing, state)
+            form = form.repacked(packing, state)
         try:
-            new, output = function(specs, packing, state, *args)
+            new, output = function(form, state, *args)
         except Exception as error:
             if _traced(state):
                 raise self._under_trace() from error
@@ -141,8 +148,7 @@ class Session:
                     "restore a saved one after `reset()`"
                 ) from error
             raise
-        self._assign(new, specs, output=output)
-        self.packing = packing
+        self._assign(new, form, output=output)
         return output
 
     def _under_trace(self) -> RuntimeError:
@@ -153,14 +159,14 @@ class Session:
 
     def begin_round(self) -> None:
         """Begin a round now, or remember that one was begun."""
-        if self.specs is None:
+        if self.form is None:
             self.rounds_begun += 1
         else:
             state = self._committed(self.state)
             try:
-                self._assign(self.compiled.begin_round(state, None), self.specs, self.rounds_begun)
+                self._assign(self.compiled.begin_round(state, None), self.form, self.rounds_begun)
             except ParamsNeeded:
-                self._assign(state, self.specs, self.rounds_begun + 1)
+                self._assign(state, self.form, self.rounds_begun + 1)
 
     def collect(self) -> dict[str, Any]:
         """Return the messages by `aux_name`; what they say is committed later."""
@@ -227,7 +233,7 @@ class Session:
         senders = sorted({envelope.client for envelope in envelopes if envelope.client is not None})
         if senders and not _traced(new) and is_finite(state) and not is_finite(new):
             raise ValueError(f"{self.owner}: what {', '.join(senders)} sent makes the state infinite, or not a number")
-        self._assign(new, specs, 0 if self.specs is None else self.rounds_begun)
+        self._assign(new, self.form or Form(specs), 0 if self.form is None else self.rounds_begun)
         self.clients = clients
 
     def _reduce(self, decoded: dict[str | None, Any], clients: tuple[str, ...], module: Any) -> AuxVar:
@@ -263,7 +269,8 @@ class Session:
         specs, variables = self.specs, None
         if specs is not None:
             # Unpacked on the host, where nothing is to be compiled for it.
-            state = self.state if self.packing is None else unpack(jax.device_get(self.state))
+            packed = self.form is not None and self.form.packing is not None
+            state = unpack(jax.device_get(self.state)) if packed else self.state
             variables = self.compiled.layout(specs.flat()).encode(state, specs)
         return {
             "name": self.brick.state_name(),
@@ -293,13 +300,13 @@ class Session:
         if len(set(clients)) < len(clients):
             raise ValueError(f"{self.owner}: 'clients' names one twice: {clients!r}")
         state, specs = self._read(saved)
-        if state is not None and self.packing is not None:
-            state = self.compiled.pack(self.packing, state)
-        if state is not None and self.state is not None:
+        if specs is not None and self.form is not None and self.state is not None:
+            if self.form.packing is not None:
+                state = self.compiled.pack(self.form.packing, state)
             state = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), state, self.state)
         if _traced(jax.tree.leaves(state)[:1]):
             raise self._under_trace()
-        self.state, self.specs = state, specs
+        self.state, self.form = state, None if specs is None else self.form or Form(specs)
         self.rounds_begun, self.message_out, self.clients = rounds, out, tuple(clients)
 
     def _read(self, saved: Mapping[str, Any]) -> tuple[Any, Specs | None]:

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import optax
 
 from functional_optimodules.core.numerics import wide
+from functional_optimodules.core.packed import packed_as
+from functional_optimodules.core.packing import packing_of, unpack
 from functional_optimodules.federated.batches import Batches
 from functional_optimodules.federated.loss import averaged
 
@@ -50,7 +52,7 @@ def work(
     Args:
       client: its `Optimizer`.
       loss_fn: the user's loss.
-      params: the parameters that the round starts from.
+      params: the parameters that the round starts from, packed or not.
       state: the optimizer's state since the last round.
       broadcast: the server's auxiliary variables by name, this client's own.
       batches: its batches.
@@ -62,8 +64,10 @@ def work(
         y, state, averages = carry
         batch, mask = batches.take(order, index)
         loss = averaged(loss_fn, mask, batches.size)
-        gradients, metrics = jax.grad(loss, has_aux=True)(y, batch, jax.random.fold_in(epoch_key, index + 1))
-        updates, state = client.update(jax.tree.map(_laid_out, gradients), state, y)
+        key = jax.random.fold_in(epoch_key, index + 1)
+        gradients, metrics = jax.grad(loss, has_aux=True)(unpack(y), batch, key)
+        gradients = packed_as(jax.tree.map(_laid_out, gradients), packing_of(y))
+        updates, state = client.update(gradients, state, y)
         return optax.apply_updates(y, updates), state, averages.add(metrics, mask, batches.size)
 
     def epoch(index: jax.Array, carry: Any) -> Any:
@@ -71,7 +75,7 @@ def work(
         order = batches.begin(jax.random.fold_in(epoch_key, 0))
         return jax.lax.fori_loop(0, batches.steps, lambda i, c: step(i, c, order, epoch_key), carry)
 
-    start = (params, state, Averages.start(loss_fn, params, batches))
+    start = (params, state, Averages.start(loss_fn, unpack(params), batches))
     y, state, averages = (
         epoch(jnp.int32(0), start) if batches.epochs == 1 else jax.lax.fori_loop(0, batches.epochs, epoch, start)
     )

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from functional_optimodules.core.packed import pack_auxes, packed_as
+from functional_optimodules.core.packing import unpack
 from functional_optimodules.federated import checks, driver, evaluation, saving
 from functional_optimodules.federated.batches import Remainder
 from functional_optimodules.federated.data import FederatedData
@@ -149,17 +151,19 @@ class Federation:
             num_steps = jnp.full(count, np.shape(jax.tree.leaves(data)[0])[1], jnp.int32)
         data, options = jax.tree.map(jnp.asarray, (data, (num_steps, mask, weights, dropped)))
         server = self.server.begin_round(state.server, state.params)
-        broadcast = self.server.collect_channels(server)
+        packed = packed_as(state.params, state.packing)
+        broadcast = pack_auxes(self.server.collect_channels(server), state.packing)
         key = jax.random.fold_in(state.key, state.round)
-        shared = Shared(state.params, participants, broadcast, key, *options)
+        shared = Shared(packed, participants, broadcast, key, *options)
         slots = data.slots if isinstance(data, FederatedData) else state.slots
         slots = slots[participants] if slots.shape[0] else jnp.arange(count, dtype=jnp.int32)
-        kept = kept_leaves(self.client, self.server, state.params)
+        kept = kept_leaves(self.client, self.server, packed)
 
         def one(*args: Any) -> tuple[Totals, list[jax.Array]]:
             return participate(self, kept, *args)
 
         totals, bank = run_participants(self.mapping, one, shared, data, state.bank, slots)
+        totals = unpack(totals)
         server = self.server.process_channels(totals.auxes, server)
         gradient = jax.tree.map(
             lambda d, p: (-d / jnp.maximum(totals.weight, 1e-30).astype(d.real.dtype)).astype(p.dtype),
@@ -256,7 +260,7 @@ class Federation:
         Returns:
           `loss` and the loss's metrics by name, each float32[N].
         """
-        return evaluation.evaluate(self, params, data, batch_size, jax.random.key(0) if key is None else key)
+        return evaluation.evaluate(self, unpack(params), data, batch_size, jax.random.key(0) if key is None else key)
 
     def fit(
         self,

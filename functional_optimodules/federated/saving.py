@@ -10,7 +10,7 @@ number of devices. Of several processes each writes its own clients' rows, and
 reads them again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +27,8 @@ from functional_optimodules.core.encoding import (
 )
 from functional_optimodules.core.entropy import shapes_only
 from functional_optimodules.core.fields import require_keys
+from functional_optimodules.core.packed import packed_as
+from functional_optimodules.core.packing import is_packed, unpack
 from functional_optimodules.core.paths import Specs, keystr, specs_from_json
 from functional_optimodules.federated.liveness import kept_leaves
 from functional_optimodules.federated.mapping import mesh_of
@@ -56,6 +58,7 @@ def encode(federation: Any, state: Any) -> dict[str, Any]:
     server = compiled(federation.server.bare()).layout(specs.flat())
     clients = _own_clients(state)
     rows = [_rows(leaf, np.asarray(state.slots)[clients]) for leaf in state.bank]
+    named = _leaves(unpack(_client_state(federation, state, rows)))
     return {
         "federation": describe(federation),
         "num_clients": int(state.num_clients),
@@ -65,7 +68,7 @@ def encode(federation: Any, state: Any) -> dict[str, Any]:
         "values": encode_tree(state.params, specs),
         "server": server.encode(state.server, specs),
         "clients": clients,
-        "bank": dict(zip(_names(federation, state.params), map(encode_array, rows), strict=True)),
+        "bank": {name: encode_array(leaf) for name, leaf in named.items()},
     }
 
 
@@ -114,10 +117,12 @@ def _require_same(saved: Any, mine: Any, field: str) -> None:
 
 
 def _decode_bank(federation: Any, payload: Mapping[str, Any], like: Any) -> list[jax.Array]:
-    names = _names(federation, like.params)
     clients, bank = payload["clients"], payload["bank"]
     if not isinstance(clients, list) or not all(type(client) is int for client in clients):
         raise ValueError("Federation: the saved state's 'clients' should be a list of numbers")
+    model = _client_state(federation, like, [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in like.bank])
+    row = jax.tree.map(lambda node: node.shapes() if is_packed(node) else node, model, is_leaf=is_packed)
+    names = list(_leaves(row))
     if not isinstance(bank, Mapping) or set(bank) != set(names):
         raise ValueError(f"Federation: the saved state's 'bank' should hold {names}")
     places = {client: place for place, client in enumerate(clients)}
@@ -125,14 +130,18 @@ def _decode_bank(federation: Any, payload: Mapping[str, Any], like: Any) -> list
     missing = [client for client in own if client not in places]
     if missing:
         raise ValueError(f"Federation: the saved state lacks the rows of the clients {missing}")
-    order = [places[client] for client in own]
+    order = np.array([places[client] for client in own], int)
+
+    def read(name: str, spec: Any) -> Any:
+        found = jax.ShapeDtypeStruct((len(clients), *spec.shape), spec.dtype)
+        return decode_like(bank[name], found, f"Federation: the clients' {name}")[order]
+
+    read_rows = jax.tree.unflatten(jax.tree.structure(row), [read(name, spec) for name, spec in _leaves(row).items()])
+    rows = jax.tree.map(
+        lambda node, part: node.packing.pack(part) if is_packed(node) else part, model, read_rows, is_leaf=is_packed
+    )
     slots = np.asarray(like.slots)[own]
-    leaves = []
-    for name, old in zip(names, like.bank, strict=True):
-        spec = jax.ShapeDtypeStruct((len(clients), *old.shape[1:]), old.dtype)
-        rows = decode_like(bank[name], spec, f"Federation: the clients' {name}")
-        leaves.append(_with_rows(old, slots, rows[np.array(order, int)]))
-    return leaves
+    return [_with_rows(old, slots, leaf) for old, leaf in zip(like.bank, jax.tree.leaves(rows), strict=True)]
 
 
 def _own_clients(state: Any) -> list[int]:
@@ -170,9 +179,16 @@ def _with_rows(old: Any, slots: np.ndarray[Any, Any], rows: Any) -> Any:
     return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if is_key(old) else new
 
 
-def _names(federation: Any, params: Any) -> list[str]:
+def _client_state(federation: Any, state: Any, bank: list[Any]) -> Any:
+    """Return a client's state made of leaves of a bank, with `None` for what is not kept."""
     with shapes_only():
-        state = jax.eval_shape(federation.client.init, params)
-    kept = kept_leaves(federation.client, federation.server, params)
-    paths = [keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
-    return [path for path, keep in zip(paths, kept, strict=True) if keep]
+        packed = jax.eval_shape(lambda params: packed_as(params, state.packing), state.params)
+        leaves, treedef = jax.tree.flatten(jax.eval_shape(federation.client.init, packed))
+    kept, stored = kept_leaves(federation.client, federation.server, packed), iter(bank)
+    full = jax.tree.unflatten(treedef, [next(stored) if keep else None for _, keep in zip(leaves, kept, strict=True)])
+    empty: Callable[[Any], Any] = lambda node: None if is_packed(node) and not jax.tree.leaves(node) else node  # noqa: E731
+    return jax.tree.map(empty, full, is_leaf=is_packed)
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    return {keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}

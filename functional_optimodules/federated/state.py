@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from functional_optimodules.core.packed import automatic, packed_as
+from functional_optimodules.core.packing import Packing, unpack
 from functional_optimodules.federated.batches import check_batches
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.liveness import kept_leaves
@@ -25,6 +27,7 @@ class FederationState(NamedTuple):
       num_clients: int32 scalar, N.
       round: int32 scalar, how many rounds were run.
       key: typed PRNG key that every draw comes from, by round and client.
+      packing: how clients pack the parameters, and the bank is packed; no array.
     """
 
     params: Any
@@ -34,6 +37,7 @@ class FederationState(NamedTuple):
     num_clients: jax.Array
     round: jax.Array
     key: jax.Array
+    packing: Packing | None
 
 
 def make_state(federation: Any, params: Any, clients: int | FederatedData, seed: int) -> FederationState:
@@ -47,8 +51,12 @@ def make_state(federation: Any, params: Any, clients: int | FederatedData, seed:
     else:
         raise ValueError(f"Federation: clients={clients!r} should be their data, or their number of at least 1")
     mesh = mesh_of(federation.mapping)
-    kept = kept_leaves(federation.client, federation.server, params)
-    client_state = replicate(federation.client.init(params), mesh)
+    params = unpack(params)
+    # By the shapes alone: clients' work is laid out by the mesh, wherever the parameters come from.
+    packing = automatic(jax.eval_shape(lambda tree: tree, params))
+    packed = packed_as(params, packing)
+    kept = kept_leaves(federation.client, federation.server, packed)
+    client_state = replicate(federation.client.init(packed), mesh)
 
     def row(client_state: Any, identity: jax.Array) -> list[jax.Array]:
         return keep_leaves(federation.client.fold_in(client_state, identity), kept)
@@ -61,6 +69,7 @@ def make_state(federation: Any, params: Any, clients: int | FederatedData, seed:
         num_clients=jnp.int32(total),
         round=jnp.int32(0),
         key=jax.random.key(seed),
+        packing=packing,
     )
     bank = make_bank(row, client_state, ids, mesh) if any(kept) else []
     return replicate(state, mesh)._replace(bank=bank)

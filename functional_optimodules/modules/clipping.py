@@ -86,5 +86,7 @@ class L2GlobalClipping(OptiModule):
         return optax.EmptyState()
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        norm = safe_sqrt(sum((sum_of_squares(g) for g in jax.tree.leaves(updates)), jnp.zeros((), jnp.float32)))
+        total = sum((sum_of_squares(g) for g in jax.tree.leaves(updates)), jnp.zeros((), jnp.float32))
+        # XLA computes again for each parameter what is cheap, and all that leads up to it: nothing may follow the root.
+        norm = jnp.sqrt(jnp.where(total > 0, total, jnp.finfo(total.dtype).tiny))
         return jax.tree.map(lambda g: shrink(g, norm, self.max_norm), updates), state

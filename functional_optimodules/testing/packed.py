@@ -7,7 +7,7 @@ import jax
 from functional_optimodules.core.brick import Brick
 from functional_optimodules.core.compiled import compiled
 from functional_optimodules.core.encoding import is_key
-from functional_optimodules.core.packed import pack, pack_aux
+from functional_optimodules.core.packed import pack, pack_auxes
 from functional_optimodules.core.packing import unpack
 from functional_optimodules.testing.check import check
 from functional_optimodules.testing.exchange import received
@@ -29,7 +29,7 @@ def check_packed_is_as_unpacked(brick: Any) -> None:
     )
     packed_state = compiled(brick.bare()).pack(packed.packing, state)
     auxes = received(brick, params)
-    packed_auxes = {name: pack_aux(aux, packed.packing) for name, aux in auxes.items()}
+    packed_auxes = pack_auxes(auxes, packed.packing)
     for seed in range(3):
         gradients = randoms(params, seed)
         output, state = compiled_step(brick.bare(), gradients, state, params)

@@ -1,6 +1,9 @@
 """The facade packs small leaves by itself, and nothing but the speed tells."""
 
 import json
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +79,8 @@ def test_steps_and_states_are_those_of_an_optimizer_that_packs_nothing(nothing_i
     fo.set_small_leaf(None)
     packing = make()
     found = train(packing, PARAMS, range(4))
-    assert packing._session.packing is not None
-    assert plain._session.packing is None
+    assert packing._session.form.packing is not None
+    assert plain._session.form.packing is None
     close(found, expected)
     close(packing.state, plain.state)
     assert jax.tree.structure(packing.state) == jax.tree.structure(plain.state)
@@ -157,7 +160,7 @@ def test_a_donated_step_has_no_second_copy_of_parameters_or_state(modules):
     optimizer.apply_gradients(tree, PARAMS)
     session = optimizer._session
     step = compiled(optimizer.bare()).apply_donated
-    memory = step.lower(session.specs, session.packing, session.state, tree, tree, {}).compile().memory_analysis()
+    memory = step.lower(session.form, session.state, tree, tree, {}).compile().memory_analysis()
     size = sum(leaf.nbytes for leaf in tree.parts)
     assert memory.alias_size_in_bytes >= 2 * size
     assert memory.temp_size_in_bytes < size / 100
@@ -170,10 +173,44 @@ def test_messages_of_packed_and_plain_peers_are_the_same(nothing_is_packed):
         for size, (name, client) in zip((0, None), clients.items(), strict=True):
             fo.set_small_leaf(size)
             client.run(randoms(PARAMS, round_))
-            assert (client._session.packing is None) == (name == "plain")
+            assert (client._session.form.packing is None) == (name == "plain")
         server.process_aux_var({name: client.collect_aux_var() for name, client in clients.items()})
         server.run(PARAMS)
         for client in clients.values():
             client.process_aux_var(server.collect_aux_var())
     close(clients["packed"].state, clients["plain"].state)
     assert clients["packed"].collect_aux_var()["variables"].keys() == {"delta", "joined"}
+
+
+def test_sharded_parameters_are_followed_and_never_gathered():
+    script = """
+        import jax, jax.numpy as jnp
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        import functional_optimodules as fo
+        from functional_optimodules.core.compiled import compiled
+
+        mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        def put(shape, *spec):
+            return jax.device_put(jnp.ones(shape), NamedSharding(mesh, P(*spec)))
+        tree = {
+            f"{i:02d}": {"scale": put((16,)), "bias": put((16,), "model"), "kernel": put((8, 16), None, "model")}
+            for i in range(10)
+        }
+        homes = jax.tree.map(lambda leaf: leaf.sharding, tree)
+        optimizer = fo.Optimizer(0.1, w_decay=0.1, regularizers=["fedprox"], modules=["l2-global-clipping", "adam"])
+        for params in (tree, fo.pack(tree)):
+            twin = optimizer.bare()
+            for _ in range(3):
+                params = twin.apply_gradients(params, tree)
+                twin.start_round()
+            assert len(twin._session.form.packing.groups[0]) == 10, "only the replicated leaves are packed"
+            assert jax.tree.map(lambda leaf: leaf.sharding, fo.unpack(params)) == homes
+            found = twin.state.modules["adam"].first
+            assert jax.tree.map(lambda leaf: leaf.sharding, found) == homes, found
+            session = twin._session
+            text = compiled(twin).apply.lower(session.form, session.state, params, tree, {}).compile().as_text()
+            assert not any(f" {name}(" in text for name in ("all-gather", "all-to-all", "collective-permute")), text
+        assert compiled(optimizer).apply._cache_size() == 2
+    """
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, env=environment, timeout=300)
