@@ -83,7 +83,6 @@ class Compiled:
         self.step = jax.jit(self._step, static_argnums=0, donate_argnums=1)
         self.apply = jax.jit(self._apply, static_argnums=0, donate_argnums=1)
         self.apply_donated = jax.jit(self._apply, static_argnums=0, donate_argnums=(1, 2))
-        self.pack = jax.jit(self._pack, static_argnums=0)
         self.begin_round = jax.jit(self._begin_round)
         self.commit = jax.jit(self._commit)
         self.collect = jax.jit(brick.collect_channels)
@@ -118,15 +117,6 @@ class Compiled:
             if tree is not None:
                 specs.require_tree(_shapes(tree), f"{type(self.brick).__name__}: the tree of {what}")
 
-    def _pack(self, packing: Packing | None, state: Any) -> Any:
-        if packing is None:
-            return unpack(state)
-        with shapes_only():
-            like = jax.eval_shape(self.brick.init, packing.model())
-        return jax.tree.map(
-            lambda model, part: packed_as(part, packing) if is_packed(model) else part, like, state, is_leaf=is_packed
-        )
-
     def _begin_round(self, state: Any, params: Any) -> Any:
         new = self.brick.begin_round(state, None if params is None else packed_as(params, packing_of(state)))
         require_same_state(self.brick, "begin_round", state, new)
@@ -148,6 +138,16 @@ class Compiled:
 
     def _starts_from_values(self, specs: Specs) -> bool:
         return reads_values(self.brick.init, specs.by_path)
+
+    def pack(self, packing: Packing | None, state: Any) -> Any:
+        """Pack a state in another way, or unpack it for `None`. Not compiled: large leaves are not to be copied."""
+        if packing is None:
+            return unpack(state)
+        with shapes_only():
+            like = jax.eval_shape(self.brick.init, packing.model())
+        return jax.tree.map(
+            lambda model, part: packed_as(part, packing) if is_packed(model) else part, like, state, is_leaf=is_packed
+        )
 
     def init_packed(self, packing: Packing, params: Any, identity: int | None = None) -> Any:
         """Make the state of packed parameters, whose values are packed only if it starts from them."""

@@ -300,12 +300,12 @@ class Session:
         if len(set(clients)) < len(clients):
             raise ValueError(f"{self.owner}: 'clients' names one twice: {clients!r}")
         state, specs = self._read(saved)
+        if _traced(jax.tree.leaves(state)[:1]):
+            raise self._under_trace()
         if specs is not None and self.form is not None and self.state is not None:
             if self.form.packing is not None:
                 state = self.compiled.pack(self.form.packing, state)
-            state = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), state, self.state)
-        if _traced(jax.tree.leaves(state)[:1]):
-            raise self._under_trace()
+            state = jax.tree.map(_beside, state, self.state)
         self.state, self.form = state, None if specs is None else self.form or Form(specs)
         self.rounds_begun, self.message_out, self.clients = rounds, out, tuple(clients)
 
@@ -319,6 +319,10 @@ class Session:
             self.specs.require_same(specs, f"{self.owner}: the state")
             specs = self.specs
         return self.compiled.layout(specs.flat()).decode(saved["variables"], specs, self.owner), specs
+
+
+def _beside(new: Any, old: Any) -> Any:
+    return new if new.sharding == old.sharding else jax.device_put(new, old.sharding)
 
 
 def _traced(tree: Any) -> bool:
