@@ -14,6 +14,7 @@ from functional_optimodules.core.aux_var import AuxVar, FromServer
 from functional_optimodules.core.compiled import Compiled, Form, compiled
 from functional_optimodules.core.encoding import is_sharded
 from functional_optimodules.core.fields import nearest, require_keys
+from functional_optimodules.core.leaves import NUMBERS, any_traced, leaf_types, traced
 from functional_optimodules.core.messages import decode_message, encode_message, open_envelopes
 from functional_optimodules.core.numerics import is_finite
 from functional_optimodules.core.packed import automatic
@@ -22,7 +23,6 @@ from functional_optimodules.core.paths import ParamsNeeded, Specs, specs_from_js
 
 # Rounds begun before the first step are replayed at it: a number read from a file must not hang it.
 _MOST_ROUNDS = 10**6
-_NUMBERS = {bool, int, float, complex}
 _STATE_KEYS = ("name", "params", "variables", "rounds_begun", "message_out", "clients")
 
 
@@ -62,7 +62,7 @@ class Session:
 
     def _assign(self, state: Any, form: Form, rounds_begun: int = 0, output: Any = None) -> None:
         # Under a trace all that was computed is traced: one leaf tells, and those of the state are fewer.
-        if _traced((jax.tree.leaves(state) or jax.tree.leaves(output))[:1]):
+        if traced((jax.tree.leaves(state) or jax.tree.leaves(output))[:1]):
             raise self._under_trace()
         self.state, self.form = form.homed(state), form
         self.rounds_begun, self.message_out = rounds_begun, False
@@ -72,7 +72,7 @@ class Session:
 
     def _on(self, like: Any, params: Any, identity: int | None = None) -> tuple[Any, Form]:
         """Return the state over a container like the parameters', made if there is none, and its form."""
-        if _traced(like):
+        if traced(like):
             raise self._under_trace()
         packing = like.packing if is_packed(like) else automatic(like)
         specs = Specs.of(like.shapes() if is_packed(like) else like)
@@ -121,10 +121,10 @@ class Session:
 
     def _donate(self, function: Any, like: Any, params: Any, *args: Any) -> Any:
         # Under grad or vmap any one leaf may be the traced one, and the call would donate the state.
-        kinds = set(map(type, jax.tree.leaves(args)))
-        if _any_traced(kinds):
+        kinds = leaf_types(args)
+        if any_traced(kinds):
             raise self._under_trace()
-        if kinds & _NUMBERS:
+        if kinds & NUMBERS:
             args = jax.tree.map(_as_array, args)
         if self.form is not None and self.form.specs.hung:
             state, form = self.state, self.form
@@ -140,7 +140,7 @@ class Session:
         try:
             new, output = function(form, state, *args)
         except Exception as error:
-            if _traced(state):
+            if traced(state):
                 raise self._under_trace() from error
             if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
                 raise RuntimeError(
@@ -174,7 +174,7 @@ class Session:
             return {}
         specs = self.specs
         auxes = self.compiled.collect(self.state)
-        if _traced(auxes):
+        if traced(auxes):
             raise self._under_trace()
         messages = {name: self._encode(unpack(aux), name, specs) for name, aux in jax.device_get(auxes).items()}
         self.message_out = self.message_out or bool(messages)
@@ -231,7 +231,7 @@ class Session:
             state = self._begun(self.compiled.init_from_specs(specs), None)
         new = self.compiled.process(auxes, state)
         senders = sorted({envelope.client for envelope in envelopes if envelope.client is not None})
-        if senders and not _traced(new) and is_finite(state) and not is_finite(new):
+        if senders and not traced(new) and is_finite(state) and not is_finite(new):
             raise ValueError(f"{self.owner}: what {', '.join(senders)} sent makes the state infinite, or not a number")
         self._assign(new, self.form or Form(specs), 0 if self.form is None else self.rounds_begun)
         self.clients = clients
@@ -300,7 +300,7 @@ class Session:
         if len(set(clients)) < len(clients):
             raise ValueError(f"{self.owner}: 'clients' names one twice: {clients!r}")
         state, specs = self._read(saved)
-        if _traced(jax.tree.leaves(state)[:1]):
+        if traced(jax.tree.leaves(state)[:1]):
             raise self._under_trace()
         if specs is not None and self.form is not None and self.state is not None:
             if self.form.packing is not None:
@@ -325,17 +325,9 @@ def _beside(new: Any, old: Any) -> Any:
     return new if new.sharding == old.sharding else jax.device_put(new, old.sharding)
 
 
-def _traced(tree: Any) -> bool:
-    return _any_traced(set(map(type, jax.tree.leaves(tree))))
-
-
-def _any_traced(kinds: set[type]) -> bool:
-    return any(issubclass(kind, jax.core.Tracer) for kind in kinds)
-
-
 def _as_array(leaf: Any) -> Any:
     # A number would be traced again where there was an array, as it promotes otherwise.
-    return jnp.array(leaf, jnp.result_type(leaf)) if type(leaf) in _NUMBERS else leaf
+    return jnp.array(leaf, jnp.result_type(leaf)) if type(leaf) in NUMBERS else leaf
 
 
 @jax.jit
