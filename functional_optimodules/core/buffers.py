@@ -70,8 +70,8 @@ def _pieces(buffer: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
     starts = np.cumsum([0, *sizes[:-1]], dtype=np.uint32)
     offsets = lax.cond(
         lax.optimization_barrier(jnp.array(True)),
-        lambda: [jnp.uint32(start) for start in starts],
-        lambda: [jnp.uint32(0)] * len(sizes),
+        lambda: list(starts),
+        lambda: [np.uint32(0)] * len(sizes),
     )
     lead = buffer.shape[:-1]
     first = (jnp.uint32(0),) * len(lead)
