@@ -25,7 +25,8 @@ def loss(params, batch):
 
 def make(mapping):
     client = fo.Optimizer(0.01, regularizers=["fedprox"], modules=["scaffold-client", "l2-clipping", "momentum"])
-    server = fo.Optimizer(1.0, modules=[("scaffold-server", {"num_clients": 5}), "adam"])
+    # A large eps: what rounding makes of a gradient near zero, Adam would blow up to a whole step.
+    server = fo.Optimizer(0.05, modules=[("scaffold-server", {"num_clients": 5}), ("adam", {"eps": 0.1})])
     return Federation(loss, client, server, batch_size=4, epochs=2, mapping=mapping)
 
 
@@ -36,7 +37,7 @@ def clients():
 
 
 def close(found, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 
 @pytest.fixture
