@@ -50,10 +50,14 @@ def _cut_compiled(buffer: jax.Array, shapes: tuple[Shape, ...]) -> list[jax.Arra
     return [piece.reshape((*piece.shape[:-1], *shape)) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
-def lie(array: Any, home: Any) -> Any:
+def homed(array: Any, home: Any) -> Any:
     """Have an array lie so on a mesh of devices, in a compiled program too; anywhere for `None`."""
-    on_host = isinstance(array, np.ndarray) or not hasattr(array, "ndim")
-    return array if home is None or on_host else lax.with_sharding_constraint(array, home)
+    if home is None:
+        return array
+    if isinstance(array, jax.core.Tracer):
+        return lax.with_sharding_constraint(array, home)
+    moves = isinstance(array, jax.Array) and array.sharding != home
+    return jax.device_put(array, home) if moves else array
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from functional_optimodules.core.buffers import lie
+from functional_optimodules.core.buffers import homed
 from functional_optimodules.core.dependence import reads_values
 from functional_optimodules.core.encoding import Layout, is_sharded
 from functional_optimodules.core.entropy import shapes_only
@@ -54,7 +54,7 @@ class Form(NamedTuple):
         if self.homes is None:
             return state
         leaves, treedef = jax.tree.flatten(state)
-        return jax.tree.unflatten(treedef, map(lie, leaves, self.homes[1]))
+        return jax.tree.unflatten(treedef, map(homed, leaves, self.homes[1]))
 
     def homed_params(self, tree: Any) -> Any:
         """Have parameters, or what is shaped like them, lie where these do."""
@@ -63,10 +63,10 @@ class Form(NamedTuple):
         homes = self.specs.treedef.unflatten(self.homes[0])
         if is_packed(tree):
             places = tree.packing.specs.treedef.flatten_up_to(homes)
-            large = (lie(leaf, places[at]) for leaf, at in zip(tree.large, tree.packing.large, strict=True))
-            return Packed(tree.packing, (*map(lie, tree.buffers, tree.packing.homes), *large))
+            large = (homed(leaf, places[at]) for leaf, at in zip(tree.large, tree.packing.large, strict=True))
+            return Packed(tree.packing, (*map(homed, tree.buffers, tree.packing.homes), *large))
         leaves, treedef = jax.tree.flatten(tree)
-        return jax.tree.unflatten(treedef, map(lie, leaves, self.homes[0]))
+        return jax.tree.unflatten(treedef, map(homed, leaves, self.homes[0]))
 
 
 @functools.lru_cache(maxsize=512)

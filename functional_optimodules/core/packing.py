@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.tree_util import DictKey
 
-from functional_optimodules.core.buffers import Shape, cut, join, lie
+from functional_optimodules.core.buffers import Shape, cut, homed, join
 from functional_optimodules.core.paths import Specs, show
 
 
@@ -114,7 +114,7 @@ class Packing:
                     first, other = (f"{show(leaves[i])} at {self.specs.paths[i]!r}" for i in (group[0], index))
                     raise ValueError(f"pack: {first} and {other} would share a buffer: expected one dtype")
         buffers = [join([leaves[index] for index in group], self.shapes(group)) for group in self.groups]
-        return Packed(self, (*map(lie, buffers, self.homes), *(leaves[index] for index in self.large)))
+        return Packed(self, (*map(homed, buffers, self.homes), *(leaves[index] for index in self.large)))
 
     def model(self) -> "Packed":
         """Return the shapes and dtypes of the packed tree."""
@@ -160,7 +160,7 @@ class Packed:
         Raises:
           ValueError: if a buffer does not hold its leaves.
         """
-        buffers = (*map(lie, self.buffers, self.packing.homes), *self.large)
+        buffers = (*map(homed, self.buffers, self.packing.homes), *self.large)
         return Packed(self.packing, buffers)._tree(cut)
 
     def shapes(self) -> Any:
