@@ -28,6 +28,8 @@ from functional_optimodules.core.facade import AUX_FACADE, CONFIG, FACADE, Facad
 from functional_optimodules.core.packed import unpacking
 from functional_optimodules.core.paths import ParamsNeeded, PathTree, Spec, is_path_tree
 
+_UNPACKED = ("init", "update", "begin_round", "process")
+
 
 class Brick(Facade, kind="brick"):
     """A plug-in that transforms updates, pure and stateful.
@@ -45,8 +47,11 @@ class Brick(Facade, kind="brick"):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "packable" not in own and any(name in own for name in _UNPACKED):
+            cls.packable = False  # what a class says of its methods, it does not say of those that replace them
         if not cls.packable and "kind" not in kwargs:
-            for name in ("init", "update", "begin_round", "process"):
+            for name in _UNPACKED:
                 setattr(cls, name, unpacking(getattr(cls, name)))
 
     @abc.abstractmethod

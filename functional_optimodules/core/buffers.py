@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
 
 Shape = tuple[int, ...]
 
@@ -48,6 +49,15 @@ def cut(buffer: jax.Array, shapes: tuple[Shape, ...]) -> list[jax.Array]:
 def _cut_compiled(buffer: jax.Array, shapes: tuple[Shape, ...]) -> list[jax.Array]:
     pieces = _pieces(buffer, tuple(map(math.prod, shapes)))
     return [piece.reshape((*piece.shape[:-1], *shape)) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def home_of(sharding: Any) -> NamedSharding | None:
+    """Return how an array lies on a mesh of devices, if it is for JAX to say how what is made of it lies.
+
+    On a mesh with explicit axes that is a part of the arrays' types.
+    """
+    on_mesh = isinstance(sharding, NamedSharding)
+    return sharding if on_mesh and all(kind == AxisType.Auto for kind in sharding.mesh.axis_types) else None
 
 
 def homed(array: Any, home: Any) -> Any:

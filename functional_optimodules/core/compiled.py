@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from functional_optimodules.core.buffers import homed
+from functional_optimodules.core.buffers import home_of, homed
 from functional_optimodules.core.dependence import reads_values
 from functional_optimodules.core.encoding import Layout, is_sharded
 from functional_optimodules.core.entropy import shapes_only
@@ -114,7 +114,7 @@ class Compiled:
 
     def _require(self, specs: Specs, gradients: Any, params: Any) -> None:
         for what, tree in (("gradients", gradients), ("parameters", params)):
-            if tree is not None:
+            if tree is not None or what == "gradients":
                 specs.require_tree(_shapes(tree), f"{type(self.brick).__name__}: the tree of {what}")
 
     def _begin_round(self, state: Any, params: Any) -> Any:
@@ -189,7 +189,7 @@ class Compiled:
 
 
 def _home(leaf: Any) -> Any:
-    return leaf.sharding if is_sharded(leaf) else None
+    return home_of(leaf.sharding) if is_sharded(leaf) else None
 
 
 def _shapes(tree: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from functional_optimodules.core.packing import Packed, Packing, is_packed, packing_of, unpack
+from functional_optimodules.core.packing import Packed, Packing, is_absent, is_packed, packing_of, unpack
 
 # Bytes; for lack of a measurement, other backends take the first.
 _MEASURED = {"cpu": 2**15}
@@ -107,11 +107,19 @@ def map_parameters(function: Callable[..., Any], *trees: Any) -> Any:
       function: of one array of each tree; it returns one of the same shape.
       *trees: trees of one structure, all packed alike or none.
     """
-    if not is_packed(trees[0]):
-        return jax.tree.map(function, *trees)
-    packing = trees[0].packing
 
-    def of_group(group: tuple[int, ...], *buffers: Any) -> Any:
+    def of_node(first: Any, *others: Any) -> Any:
+        return of_packed(first, *others) if is_packed(first) else function(first, *others)
+
+    def of_packed(*nodes: Any) -> Packed:
+        packing = nodes[0].packing
+        buffers = (of_group(packing, *each) for each in zip(packing.groups, *(n.buffers for n in nodes), strict=True))
+        large = jax.tree.map(function, *(node.large for node in nodes))
+        return Packed(packing, (*buffers, *large))
+
+    def of_group(packing: Packing, group: tuple[int, ...], *buffers: Any) -> Any:
+        if is_absent(buffers[0]):
+            return buffers[0]
         pieces = []
         for offset, count, shape in packing.rows(group):
             size = count * math.prod(shape)
@@ -119,8 +127,7 @@ def map_parameters(function: Callable[..., Any], *trees: Any) -> Any:
             pieces.append(jax.vmap(function)(*rows).reshape(size))
         return jnp.concatenate(pieces)
 
-    buffers = map(of_group, packing.groups, *(tree.buffers for tree in trees))
-    return Packed(packing, (*buffers, *map(function, *(tree.large for tree in trees))))
+    return jax.tree.map(of_node, *trees, is_leaf=is_packed)
 
 
 def unpacking(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,7 +143,8 @@ def unpacking(method: Callable[..., Any]) -> Callable[..., Any]:
         if method.__name__ != "update":
             return result
         updates = args[0] if args else kwargs["updates"]
-        return (updates.packing.pack(result[0]) if is_packed(updates) else result[0]), result[1]
+        pack_again = lambda given, made: given.packing.pack(made) if is_packed(given) else made  # noqa: E731
+        return jax.tree.map(pack_again, updates, result[0], is_leaf=is_packed), result[1]
 
     call.unpacks = True  # type: ignore[attr-defined]
     return call

@@ -14,14 +14,14 @@ buffer, for what is done to each parameter to be done to rows.
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.tree_util import DictKey
 
-from functional_optimodules.core.buffers import Shape, cut, homed, join
+from functional_optimodules.core.buffers import Shape, cut, home_of, homed, join
 from functional_optimodules.core.paths import Specs, show
 
 
@@ -70,7 +70,12 @@ class Packing:
           tree: arrays, or their shapes and dtypes.
           small: the most bytes of a leaf that is packed.
           fewest: how many leaves are worth a buffer.
+
+        Raises:
+          ValueError: if a part of the tree is packed already.
         """
+        if packing_of(tree) is not None:
+            raise ValueError("a tree with a packed tree inside: pack the whole, or unpack the part")
         specs = Specs.of(tree)
         homes: dict[Any, list[int]] = {}
         for index, (leaf, spec) in enumerate(zip(jax.tree.leaves(tree), specs.leaves, strict=True)):
@@ -81,7 +86,7 @@ class Packing:
                 homes.setdefault((spec.dtype, sharding), []).append(index)
         chosen = {key: group for key, group in homes.items() if len(group) >= fewest}
         groups = tuple(tuple(sorted(group, key=lambda at: specs.leaves[at].shape)) for group in chosen.values())
-        return cls(specs, groups, tuple(home if isinstance(home, NamedSharding) else None for _, home in chosen))
+        return cls(specs, groups, tuple(home_of(home) for _, home in chosen))
 
     def shapes(self, group: tuple[int, ...]) -> tuple[Shape, ...]:
         """Return the shape of each leaf of a group."""
@@ -104,16 +109,28 @@ class Packing:
           ValueError: if the structure or a shape differs, or leaves of one buffer
             are of different dtypes; it names the leaf.
         """
-        leaves = [leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for leaf in self.specs.leaves_of(tree)]
+        leaves = [
+            leaf if isinstance(leaf, jax.Array) or is_absent(leaf) else jnp.asarray(leaf)
+            for leaf in self.specs.leaves_of(tree)
+        ]
         for path, leaf, spec in zip(self.specs.paths, leaves, self.specs.leaves, strict=True):
-            if leaf.shape[max(0, len(leaf.shape) - len(spec.shape)) :] != spec.shape:
+            if not is_absent(leaf) and leaf.shape[max(0, len(leaf.shape) - len(spec.shape)) :] != spec.shape:
                 raise ValueError(f"pack: {show(leaf)} at {path!r}: expected the shape {list(spec.shape)}")
         for group in self.groups:
             for index in group:
-                if leaves[index].dtype != leaves[group[0]].dtype:
+                if is_absent(leaves[index]) != is_absent(leaves[group[0]]):
+                    raise ValueError(
+                        f"pack: of the leaves of a buffer that at {self.specs.paths[index]!r} is masked alone"
+                    )
+                if not is_absent(leaves[index]) and leaves[index].dtype != leaves[group[0]].dtype:
                     first, other = (f"{show(leaves[i])} at {self.specs.paths[i]!r}" for i in (group[0], index))
                     raise ValueError(f"pack: {first} and {other} would share a buffer: expected one dtype")
-        buffers = [join([leaves[index] for index in group], self.shapes(group)) for group in self.groups]
+        buffers = [
+            leaves[group[0]]
+            if is_absent(leaves[group[0]])
+            else join([leaves[index] for index in group], self.shapes(group))
+            for group in self.groups
+        ]
         return Packed(self, (*map(homed, buffers, self.homes), *(leaves[index] for index in self.large)))
 
     def model(self) -> "Packed":
@@ -139,6 +156,7 @@ class Packed:
     """
 
     __slots__ = ("packing", "parts")
+    __iter__: ClassVar[None] = None  # its leaves are named by paths, and not numbered
 
     def __init__(self, packing: Packing, parts: tuple[Any, ...]) -> None:
         self.packing = packing
@@ -165,13 +183,18 @@ class Packed:
 
     def shapes(self) -> Any:
         """Return the tree's shapes and dtypes."""
-        return self._tree(lambda buffer, shapes: [jax.ShapeDtypeStruct(shape, buffer.dtype) for shape in shapes])
+        return self._tree(
+            lambda buffer, shapes: [
+                jax.ShapeDtypeStruct((*buffer.shape[:-1], *shape), buffer.dtype) for shape in shapes
+            ]
+        )
 
     def _tree(self, leaves_of: Callable[[Any, tuple[Shape, ...]], list[Any]]) -> Any:
         packing = self.packing
         leaves: dict[int, Any] = dict(zip(packing.large, self.large, strict=True))
         for buffer, group in zip(self.buffers, packing.groups, strict=True):
-            leaves |= zip(group, leaves_of(buffer, packing.shapes(group)), strict=True)
+            pieces = [buffer] * len(group) if is_absent(buffer) else leaves_of(buffer, packing.shapes(group))
+            leaves |= zip(group, pieces, strict=True)
         return jax.tree.unflatten(packing.specs.treedef, [leaves[index] for index in range(len(leaves))])
 
     def __contains__(self, path: object) -> bool:
@@ -206,6 +229,11 @@ jax.tree_util.register_pytree_with_keys(
     lambda packing, parts: Packed(packing, tuple(parts)),
     flatten_func=lambda packed: (packed.parts, packed.packing),
 )
+
+
+def is_absent(node: Any) -> bool:
+    """Whether a node stands for leaves that are not there, as `None` and optax's `MaskedNode` do."""
+    return node is None or (not hasattr(node, "dtype") and not jax.tree.leaves(node))
 
 
 def is_packed(node: Any) -> bool:

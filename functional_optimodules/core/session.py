@@ -61,8 +61,8 @@ class Session:
         return None if self.form is None else self.form.specs
 
     def _assign(self, state: Any, form: Form, rounds_begun: int = 0, output: Any = None) -> None:
-        # Under a trace all that was computed is traced: one leaf tells, and those of the state are fewer.
-        if traced((jax.tree.leaves(state) or jax.tree.leaves(output))[:1]):
+        # Whatever a compiled function makes under a trace is traced: one leaf tells, and the state has fewer.
+        if traced(state if output is None else (jax.tree.leaves(state) or jax.tree.leaves(output))[:1]):
             raise self._under_trace()
         self.state, self.form = form.homed(state), form
         self.rounds_begun, self.message_out = rounds_begun, False

@@ -214,3 +214,21 @@ def test_sharded_parameters_are_followed_and_never_gathered():
     """
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, env=environment, timeout=300)
+
+
+def test_a_facade_that_is_set_up_under_jit_refuses_and_stays_usable():
+    optimizer = make()
+    params = train(optimizer, PARAMS, range(2))
+    before = optimizer.get_state()
+    with pytest.raises(RuntimeError, match="under jit"):
+        jax.jit(lambda x: (optimizer.setup(params), x)[1])(1.0)
+    assert optimizer.get_state() == before
+    train(optimizer, params, [2])
+
+
+def test_gradients_of_another_shape_are_refused_though_their_buffers_end_alike():
+    optimizer, tree = fo.Optimizer(0.1), fo.pack(PARAMS)
+    with pytest.raises(ValueError, match=r"the tree of gradients has float32\[2,3\] at '00/b': expected float32\[3\]"):
+        optimizer.apply_gradients(tree, jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), tree))
+    with pytest.raises(ValueError, match="the tree of gradients lacks the leaf '00/b'"):
+        fo.AdamModule().run(None, tree)

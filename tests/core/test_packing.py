@@ -262,3 +262,55 @@ def test_equal_trees_are_packed_alike():
     assert one != Packing.of(layers(3), 0)
     assert one != Packing.of(layers(4), 1000)
     assert repr(one) == "Packing(1 buffers of [6] leaves, 0 large leaves)"
+
+
+class Halving(fo.MomentumModule, register=False):
+    """It changes what it inherits, and says nothing of packing."""
+
+    def update(self, updates, state, params=None, **extra_args):
+        updates = jax.tree.map(lambda g: g / (1 + jnp.sqrt(jnp.sum(g * g))), updates)
+        return super().update(updates, state, params, **extra_args)
+
+
+def test_what_a_brick_says_of_its_methods_it_does_not_say_of_those_that_replace_them():
+    params = layers(12)
+    brick, tree = Halving(), fo.pack(params)
+    assert not Halving.packable
+    expected, _ = brick.update(params, brick.init(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), brick.run(params), expected)
+    found, _ = brick.update(tree, brick.init(tree))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), fo.unpack(found), expected)
+
+
+@pytest.mark.parametrize("brick", [fo.L2Clipping(0.5), fo.OptaxModule("lion"), fo.AdamModule()])
+def test_a_packed_part_of_a_tree_is_treated_as_the_tree_that_it_stands_for(brick):
+    plain = {"body": layers(6), "head": jnp.ones(3)}
+    nested = {"body": fo.pack(plain["body"]), "head": plain["head"]}
+    expected, _ = brick.update(plain, brick.init(plain), plain)
+    found, _ = brick.update(nested, brick.init(nested), nested)
+    assert isinstance(found["body"], fo.Packed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), fo.unpack(found), expected)
+    with pytest.raises(ValueError, match="a packed tree inside: pack the whole, or unpack the part"):
+        fo.pack(nested)
+
+
+@pytest.mark.parametrize("module", ["l2-clipping", "adam", ("optax", {"transform": "lion"})])
+def test_optax_may_mask_the_parts_of_a_packed_tree(module):
+    params = layers(6) | {"large": jnp.ones((100, 100))}
+    tree = fo.pack(params)
+    for large in (True, False):
+        mask = lambda tree, large=large: jax.tree.map(lambda leaf: (leaf.size > 1000) == large, tree)  # noqa: E731
+        transform = optax.masked(fo.Optimizer(0.1, modules=[module]).to_optax(), mask)
+        found, _ = transform.update(tree, transform.init(tree), tree)
+        expected, _ = transform.update(params, transform.init(params), params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), fo.unpack(found), expected)
+
+
+def test_numpy_arrays_share_a_buffer_if_jax_gives_them_one_dtype():
+    tree = fo.pack({"a": np.ones(2), "b": np.ones(2, np.float32), "c": 1.0})
+    assert [buffer.dtype for buffer in tree.buffers] == [jnp.float32]
+
+
+def test_a_packed_tree_is_not_walked_by_number():
+    with pytest.raises(TypeError, match="not iterable"):
+        list(fo.pack(layers(2)))
