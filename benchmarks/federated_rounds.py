@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from machine import processor
 from peer_environment import FEDJAX, make_environment
 
 HERE = Path(__file__).parent
@@ -146,13 +147,6 @@ def banks(worker, repeats, rows):
         judged = verdict(ratio, BANK_TARGET, at_least=False)
         ratios.append(f"| {method} | {ratio:.2f} | <= {BANK_TARGET} | {judged} | {grown:.2f} |")
     return [*lines, *ratios]
-
-
-def processor():
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main():

@@ -27,6 +27,7 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
+from machine import processor
 
 import functional_optimodules as fo
 
@@ -245,13 +246,6 @@ def memory_lines(tree):
             verdict = ("reached" if above < MEMORY_TARGET else "missed") if target else ""
             lines.append(f"| {side} | {stage} | {above:.2f} | {above + there:.2f} | {target} | {verdict} |")
     return lines
-
-
-def processor():
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main():

@@ -4,9 +4,6 @@ A case is `["make", kind, shapes, settings]` or `["step"]`. It is a process of i
 vectors of JAX arrays turn on float64 for the whole process; the arrays here are float32.
 """
 
-import json
-import sys
-import time
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -15,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from declearn.model.haiku import JaxNumpyVector
 from declearn.optimizer import Optimizer
+from step_worker import answer
 
 
 def make(_, shapes, settings):
@@ -38,21 +36,9 @@ def make(_, shapes, settings):
     return step, holder
 
 
-def main():
-    answers, sys.stdout = sys.stdout, sys.stderr
-    for line in sys.stdin:
-        command, *arguments = json.loads(line)
-        if command == "make":
-            step, holder = make(*arguments)
-            answer = f"declearn {version('declearn')}, JAX {jax.__version__}"
-        elif command == "step":
-            start = time.perf_counter()
-            step()
-            answer = time.perf_counter() - start
-        else:
-            answer = sum(float(jnp.sum(array.astype("float64") ** 2)) for array in holder.weights.coefs.values())
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer(
+        make,
+        f"declearn {version('declearn')}, JAX {jax.__version__}",
+        lambda holder: sum(float(jnp.sum(array.astype("float64") ** 2)) for array in holder.weights.coefs.values()),
+    )

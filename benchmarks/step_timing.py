@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from machine import processor
 
 HERE = Path(__file__).parent
 
@@ -116,13 +117,6 @@ def parse_arguments(doc, trees=(), **defaults):
     for name, (default, text) in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, type=type(default), help=text)
     return parser.parse_args()
-
-
-def processor():
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def conditions():

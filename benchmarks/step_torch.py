@@ -3,12 +3,9 @@
 A case is `["make", kind, shapes, settings]`, with "foreach" or "fused" for the kind, or `["step"]`.
 """
 
-import json
-import sys
-import time
-
 import numpy as np
 import torch
+from step_worker import answer
 
 
 def make(kind, shapes, settings):
@@ -38,21 +35,9 @@ def make(kind, shapes, settings):
     return step, params
 
 
-def main():
-    answers, sys.stdout = sys.stdout, sys.stderr
-    for line in sys.stdin:
-        command, *arguments = json.loads(line)
-        if command == "make":
-            step, params = make(*arguments)
-            answer = f"PyTorch {torch.__version__}"
-        elif command == "step":
-            start = time.perf_counter()
-            step()
-            answer = time.perf_counter() - start
-        else:
-            answer = sum(float(param.detach().double().square().sum()) for param in params)
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer(
+        make,
+        f"PyTorch {torch.__version__}",
+        lambda params: sum(float(param.detach().double().square().sum()) for param in params),
+    )

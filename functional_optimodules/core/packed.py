@@ -106,6 +106,9 @@ def map_parameters(function: Callable[..., Any], *trees: Any) -> Any:
     Args:
       function: of one array of each tree; it returns one of the same shape.
       *trees: trees of one structure, all packed alike or none.
+
+    Raises:
+      ValueError: if they are not packed alike.
     """
 
     def of_node(first: Any, *others: Any) -> Any:
@@ -113,6 +116,10 @@ def map_parameters(function: Callable[..., Any], *trees: Any) -> Any:
 
     def of_packed(*nodes: Any) -> Packed:
         packing = nodes[0].packing
+        if not all(is_packed(node) and node.packing == packing for node in nodes):
+            raise ValueError(
+                f"map_parameters: one tree is packed as {packing!r}: expected all to be, see `pack(like=...)`"
+            )
         buffers = (of_group(packing, *each) for each in zip(packing.groups, *(n.buffers for n in nodes), strict=True))
         large = jax.tree.map(function, *(node.large for node in nodes))
         return Packed(packing, (*buffers, *large))

@@ -109,10 +109,11 @@ class Packing:
           ValueError: if the structure or a shape differs, or leaves of one buffer
             are of different dtypes; it names the leaf.
         """
-        leaves = [
-            leaf if isinstance(leaf, jax.Array) or is_absent(leaf) else jnp.asarray(leaf)
-            for leaf in self.specs.leaves_of(tree)
-        ]
+        try:
+            found = self.specs.leaves_of(tree)
+        except ValueError as error:
+            raise ValueError(f"pack: the tree has another structure than what it is packed as: {error}") from None
+        leaves = [leaf if isinstance(leaf, jax.Array) or is_absent(leaf) else jnp.asarray(leaf) for leaf in found]
         for path, leaf, spec in zip(self.specs.paths, leaves, self.specs.leaves, strict=True):
             if not is_absent(leaf) and leaf.shape[max(0, len(leaf.shape) - len(spec.shape)) :] != spec.shape:
                 raise ValueError(f"pack: {show(leaf)} at {path!r}: expected the shape {list(spec.shape)}")
