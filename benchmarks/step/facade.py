@@ -1,28 +1,21 @@
 """The stateful `Optimizer` beside a jitted and donated step with optax, both called from Python, in turn.
 
-    python benchmarks/step_facade.py
+    python -m benchmarks.step.facade
 
 First: gradients and parameters as trees, in and out; and both packed. Then what a call of
 the facade costs on top of the compiled function that it calls.
 """
 
+import functools
 import time
 
 import jax
 import numpy as np
-from step_timing import (
-    RATIOS,
-    TIMES,
-    at_least,
-    at_most,
-    interleave,
-    parse_arguments,
-    ratio_row,
-    table,
-    time_rows,
-    write,
-)
-from step_trees import (
+
+import functional_optimodules as fo
+from benchmarks.report import SECONDS, parse_arguments, section, table, write
+from benchmarks.step.trees import (
+    CHOICE,
     TREES,
     Facade,
     Stepper,
@@ -35,8 +28,7 @@ from step_trees import (
     require_same,
     uniform,
 )
-
-import functional_optimodules as fo
+from benchmarks.timing import RATIOS, TIMES, at_least, at_most, interleave, ratio_row, time_rows
 
 FASTER = {"1,000 x 100": {"ours, trees": 1.5, "ours, packed": 6.0}}
 SLOWER = 1.05
@@ -84,7 +76,7 @@ class Calls:
         # The compiled methods are shared by equal bricks: this one is equal to no other.
         self.optimizer = fo.AdamModule(beta_1=0.5 + leaves / 1e4)
         self.optimizer.run(self.gradients)
-        compiled = self.optimizer._session.compiled
+        compiled = self.optimizer._session.memory.fit.compiled
         self.step, compiled.step = compiled.step, self.timed
 
     def timed(self, *args):
@@ -117,16 +109,12 @@ def calls(seconds):
 
 
 def main():
-    args = parse_arguments(__doc__, TREES, tables=("steps calls", "which tables"))
+    args = parse_arguments(__doc__, trees=CHOICE, seconds=SECONDS, tables=(("steps", "calls"), "only these tables"))
     sections = []
     if "steps" in args.tables:
-        rows, ratios = [], []
-        for tree in args.trees:
-            measured = measure(tree, args.seconds)
-            rows, ratios = rows + measured[0], ratios + measured[1]
-            print(*measured[0], *measured[1], sep="\n", flush=True)
-        lines = ["## `apply_gradients(donate=True)` beside a jitted and donated step", "", *table(TIMES, rows), ""]
-        sections.append([*lines, *table(RATIOS, ratios)])
+        title = "`apply_gradients(donate=True)` beside a jitted and donated step"
+        take = functools.partial(measure, seconds=args.seconds)
+        sections.append(section(title, take, args.trees, TIMES, RATIOS))
     if "calls" in args.tables:
         header = ("leaves", "`run`, us", "compiled function, us", "above, us", "quartiles, us", "target", "")
         text = (
@@ -137,7 +125,7 @@ def main():
         "Clip by the global norm, Adam, decoupled decay, learning rate, apply; gradients given. All sides were held to",
         "the same parameters before they were timed. *Packed*: the parameters are a `Packed` that stays one.",
     ]
-    write(args.results / "step_facade.md", "The facade beside a jitted optax step", intro, *sections)
+    write(args.results / "step" / "facade.md", "The facade beside a jitted optax step", intro, *sections)
 
 
 if __name__ == "__main__":

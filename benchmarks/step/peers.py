@@ -1,12 +1,13 @@
 """The chain with declearn and with PyTorch beside ours, on the CPU, one step at a time and in turn.
 
-    python benchmarks/step_peers.py
+    python -m benchmarks.step.peers
 
 declearn and PyTorch each live in a process of their own, and in an environment of their own if
 this one has not what they need: declearn's is made in the user's cache, which needs a package
 index; PyTorch's Python is named with `--torch-python`, or PyTorch is left out.
 """
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -14,11 +15,13 @@ import sys
 
 import jax
 import numpy as np
-from federated_rounds import Worker
-from peer_environment import make_environment
-from step_timing import RATIOS, TIMES, at_least, interleave, parse_arguments, ratio_row, table, time_rows, write
-from step_trees import (
+
+import functional_optimodules as fo
+from benchmarks.environments import make_environment
+from benchmarks.report import SECONDS, parse_arguments, section, write
+from benchmarks.step.trees import (
     BETA_2,
+    CHOICE,
     DECAY,
     EPS,
     LRATE,
@@ -31,8 +34,8 @@ from step_trees import (
     normal,
     our_optimizer,
 )
-
-import functional_optimodules as fo
+from benchmarks.timing import RATIOS, TIMES, at_least, interleave, ratio_row, time_rows
+from benchmarks.worker import Worker
 
 DECLEARN = ("declearn==2.9.1", "dm-haiku==0.0.16", f"jax=={jax.__version__}", f"jaxlib=={jax.__version__}")
 FASTER = {"200 x 1,000": 50.0, "ResNet-50": 6.0}
@@ -43,8 +46,8 @@ SETTINGS = {"lrate": LRATE, "decay": DECAY, "max_norm": MAX_NORM, "beta_2": BETA
 class Peer:
     """A side in another process. A call takes a step there, and returns its seconds."""
 
-    def __init__(self, python, script, kind, shapes):
-        self.worker = Worker(python, script, 1)
+    def __init__(self, python, module, kind, shapes):
+        self.worker = Worker(python, module)
         threads = len(os.sched_getaffinity(0))
         self.about = self.worker.ask("make", kind, list(shapes.values()), {**SETTINGS, "threads": threads})
 
@@ -84,8 +87,8 @@ def ours(shapes):
     }
 
 
-def measure(tree, peers, seconds, judge):
-    """Return the rows of both tables on one tree, and what the peers say of themselves."""
+def measure(tree, peers, seconds, targets, said):
+    """Return the rows of both tables on one tree, and add to `said` what the peers say of themselves."""
     shapes = TREES[tree]
     others = {name: Peer(*command, shapes) for name, command in peers.items()}
     try:
@@ -95,8 +98,10 @@ def measure(tree, peers, seconds, judge):
     finally:
         for peer in others.values():
             peer.worker.close()
-    ratios = [ratio_row(tree, times, peer, mine, **judge) for peer in others for mine in sides if mine not in others]
-    return time_rows(tree, times), ratios, {name: peer.about for name, peer in others.items()}
+    said |= {name: peer.about for name, peer in others.items()}
+    judge = at_least(targets.get(tree, 1.0))
+    pairs = [(peer, mine) for peer in others for mine in sides if mine not in others]
+    return time_rows(tree, times), [ratio_row(tree, times, *pair, **judge) for pair in pairs]
 
 
 def has(python, module):
@@ -106,31 +111,29 @@ def has(python, module):
 
 
 def main():
-    options = {"torch_python": ("", "a Python that has PyTorch"), "peers": ("declearn torch", "which tables")}
-    args = parse_arguments(__doc__, TREES, **options)
+    args = parse_arguments(
+        __doc__,
+        trees=CHOICE,
+        seconds=SECONDS,
+        torch_python=(sys.executable, "a Python that has PyTorch"),
+        peers=(("declearn", "torch"), "only these tables"),
+    )
     sections, said = [], {}
-    titles = {"declearn": "declearn's `Optimizer` on its JaxNumpyVector", "torch": "PyTorch's AdamW"}
-    for name in args.peers.split():
-        if name == "declearn":
-            python = sys.executable if importlib.util.find_spec("haiku") else make_environment(DECLEARN)
-            trees, peers = (
-                [tree for tree in args.trees if tree in FASTER],
-                {"declearn": (python, "step_declearn.py", "")},
-            )
-        else:
-            python = args.torch_python or sys.executable
-            if not has(python, "torch"):
-                print(f"{python} has no PyTorch: left out. Name one that has with --torch-python", file=sys.stderr)
-                continue
-            kinds = ("foreach", "fused")
-            trees, peers = args.trees, {f"PyTorch, {kind}": (python, "step_torch.py", kind) for kind in kinds}
-        rows, ratios = [], []
-        for tree in trees:
-            judge = at_least(FASTER[tree]) if name == "declearn" else at_least(1.0)
-            measured = measure(tree, peers, args.seconds, judge)
-            rows, ratios, said = rows + measured[0], ratios + measured[1], said | measured[2]
-            print(*measured[0], *measured[1], sep="\n", flush=True)
-        sections.append([f"## {titles[name]}", "", *table(TIMES, rows), "", *table(RATIOS, ratios)])
+    if "declearn" in args.peers:
+        python = sys.executable if importlib.util.find_spec("haiku") else make_environment(DECLEARN)
+        peers = {"declearn": (python, "benchmarks.step.declearn_worker", "")}
+        take = functools.partial(measure, peers=peers, seconds=args.seconds, targets=FASTER, said=said)
+        trees = [tree for tree in args.trees if tree in FASTER]
+        sections.append(section("declearn's `Optimizer` on its JaxNumpyVector", take, trees, TIMES, RATIOS))
+    if "torch" in args.peers and not has(args.torch_python, "torch"):
+        print(f"{args.torch_python} has no PyTorch: left out. Name one that has with --torch-python", file=sys.stderr)
+    elif "torch" in args.peers:
+        peers = {
+            f"PyTorch, {kind}": (args.torch_python, "benchmarks.step.torch_worker", kind)
+            for kind in ("foreach", "fused")
+        }
+        take = functools.partial(measure, peers=peers, seconds=args.seconds, targets={}, said=said)
+        sections.append(section("PyTorch's AdamW", take, args.trees, TIMES, RATIOS))
     intro = [
         "Clip by the global norm, Adam, decoupled decay, learning rate, apply; gradients given, the same at each step;",
         "all cores for every side, one side at a time. *facade* is `apply_gradients(donate=True)` with trees in and",
@@ -139,7 +142,7 @@ def main():
         "",
         *(f"- {name}: {about}" for name, about in said.items()),
     ]
-    write(args.results / "step_peers.md", "One step beside declearn and PyTorch", intro, *sections)
+    write(args.results / "step" / "peers.md", "One step beside declearn and PyTorch", intro, *sections)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 Runs on NumPy and on any JAX since 0.4, because the peers have environments of their own.
 """
 
-import json
 import sys
-import time
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from benchmarks.worker import timed
 
 EXAMPLES, INPUTS, HIDDEN, CLASSES = 100, 784, 64, 10
 BATCH, RATE = 20, 0.1
@@ -48,26 +49,30 @@ def losses(params, batch):
     return -jnp.sum(log_probabilities * jax.nn.one_hot(batch["y"], CLASSES), axis=-1)
 
 
-def answer(make):
-    """Serve rounds over standard input and output until it is closed.
+class Rounds:
+    """The rounds of one side.
 
-    A line asks for a case, which `make(*case)` turns into a function of no argument that
-    runs one round and waits for its result, kept for the next time. A round is run before
-    the timed one, so that no side pays for what another left in the caches.
+    Args:
+      make: a function of a case that returns a function of no argument, kept for the next
+        time, which runs one round and waits for its result.
+      package: what the side is made with.
     """
-    replies, sys.stdout = sys.stdout, sys.stderr
-    rounds = {}
-    for line in sys.stdin:
-        case = tuple(json.loads(line))
-        if case == ("about",):
-            devices = f"{jax.device_count()} {jax.default_backend()} device(s)"
-            reply = f"Python {sys.version.split()[0]}, JAX {jax.__version__}, {devices}"
-        else:
-            if case not in rounds:
-                rounds[case] = make(*case)
-                rounds[case]()
-            rounds[case]()
-            start, worked = time.perf_counter(), time.process_time()
-            extra = rounds[case]()
-            reply = [time.perf_counter() - start, time.process_time() - worked, extra]
-        print(json.dumps(reply), file=replies, flush=True)
+
+    def __init__(self, make, package):
+        self.make, self.package, self.cases = make, package, {}
+
+    def about(self):
+        devices = f"{jax.device_count()} {jax.default_backend()} device(s)"
+        versions = ", ".join(f"{name} {version(name)}" for name in (self.package, "jax"))
+        return f"Python {sys.version.split()[0]}, {versions}, {devices}"
+
+    def round(self, *case):
+        """Return the wall-clock and the CPU seconds of a round, and what it returns.
+
+        A round is run before the timed one, so that no side pays for what another left in the caches.
+        """
+        if case not in self.cases:
+            self.cases[case] = self.make(*case)
+            self.cases[case]()
+        self.cases[case]()
+        return timed(self.cases[case])

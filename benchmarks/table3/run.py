@@ -1,7 +1,8 @@
 """Table 3 of the SCAFFOLD paper (Karimireddy et al. 2020), on MNIST.
 
-    python benchmarks/scaffold_table3.py --data mnist_by_writer.npz
-    python benchmarks/scaffold_table3.py --data mnist_by_writer.npz --clients writers
+    python -m benchmarks.table3.run --data mnist_by_writer.npz
+
+First 100 clients, then each writer a client: `--clients` names one of the two.
 
 Communication rounds until logistic regression reaches 0.85 test accuracy. As in the
 paper: 100 clients, 20 of them sampled in a round, batches of a fifth of a client's
@@ -16,7 +17,6 @@ program that ends when the target is reached. Each result is appended to a CSV f
 at once; a run that was interrupted goes on from there.
 """
 
-import argparse
 import csv
 import functools
 import itertools
@@ -26,8 +26,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from table3_report import write_report
 
+from benchmarks.report import parse_arguments
+from benchmarks.table3.report import write_report
 from functional_optimodules import Optimizer
 from functional_optimodules.federated import FederatedData, Federation
 
@@ -156,30 +157,35 @@ def solve(results, load, test, clients, cell, limit):
         run("final", best_rate, seed, limit)
 
 
+def run(results, archive, clients, limit):
+    """Solve all cells that are not solved yet."""
+    images, labels, writers = archive["x_train"], archive["y_train"].astype(np.int32), archive["writer_train"]
+    test = {"x": jnp.asarray(archive["x_test"]), "y": jnp.asarray(archive["y_test"], jnp.int32)}
+
+    @functools.lru_cache(maxsize=4)
+    def load(similarity, seed):
+        if clients == "split":
+            return partition(images, labels, similarity, seed), len(labels) // NUM_CLIENTS // 5
+        median = int(np.median(np.unique(writers, return_counts=True)[1]))
+        return FederatedData.from_ids({"x": images, "y": labels}, writers), median // 5
+
+    for cell in cells(clients):
+        solve(results, load, test, clients, cell, limit)
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="NumPy archive of x_, y_ and writer_ train and test")
-    parser.add_argument("--clients", choices=("split", "writers"), default="split", help="100 clients, or the writers")
-    parser.add_argument("--limit", type=int, default=200, help="rounds after which a run is given up")
-    parser.add_argument("--only-report", action="store_true", help="write the tables and plot of what there is")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
-    results = Results(args.results / f"scaffold_table3_{args.clients}.csv")
-    if not args.only_report:
-        archive = np.load(args.data)
-        images, labels, writers = archive["x_train"], archive["y_train"].astype(np.int32), archive["writer_train"]
-        test = {"x": jnp.asarray(archive["x_test"]), "y": jnp.asarray(archive["y_test"], jnp.int32)}
-
-        @functools.lru_cache(maxsize=4)
-        def load(similarity, seed):
-            if args.clients == "split":
-                return partition(images, labels, similarity, seed), len(labels) // NUM_CLIENTS // 5
-            median = int(np.median(np.unique(writers, return_counts=True)[1]))
-            return FederatedData.from_ids({"x": images, "y": labels}, writers), median // 5
-
-        for cell in cells(args.clients):
-            solve(results, load, test, args.clients, cell, args.limit)
-    write_report(results.rows, args.results / f"scaffold_table3_{args.clients}", args.limit)
+    args = parse_arguments(
+        __doc__,
+        data=(Path("mnist_by_writer.npz"), "NumPy archive of x_, y_ and writer_ train and test"),
+        clients=(("split", "writers"), "100 clients, or the writers"),
+        limit=(200, "rounds after which a run is given up"),
+        only_report=(False, "write the tables and plots of what there is"),
+    )
+    for clients in args.clients:
+        results = Results(args.results / "table3" / f"{clients}.csv")
+        if not args.only_report:
+            run(results, np.load(args.data), clients, args.limit)
+        write_report(results.rows, results.path.with_suffix(""), args.limit)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
 """What a step has to move and to hold: time against the machine's copy bandwidth, and peak memory.
 
-    python benchmarks/step_memory.py
+    python -m benchmarks.step.memory
 
 First, steps with the gradients given, on large leaves, against the fastest copy of a large
 array that could be had in the same run. Then the peak memory of a donated step: what the
 compiler says of it, and by how much the process grew, each in a process of its own.
 """
 
-import json
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from step_timing import TIMES, at_most, interleave, parse_arguments, table, time_rows, write
-from step_trees import (
+
+import functional_optimodules as fo
+from benchmarks.peak import alone, peak_of
+from benchmarks.report import SECONDS, parse_arguments, table, write
+from benchmarks.step.trees import (
+    CHOICE,
     LARGE,
     TREES,
     Facade,
@@ -31,8 +31,7 @@ from step_trees import (
     size,
     trained_step,
 )
-
-import functional_optimodules as fo
+from benchmarks.timing import TIMES, at_most, interleave, time_rows
 
 LIMITS = {"ResNet-50": 1.5, "one leaf of 16 M": 1.25}
 COPIED = 32_000_000  # elements: more than caches hold
@@ -105,20 +104,15 @@ def bandwidth(tree, seconds):
     return time_rows(tree, times), rows, f"{tree}: {rate / 1e9:.1f} GB/s by {fastest}; {in_place / 1e9:.1f} in place"
 
 
-def status(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
 def growth(side):
     """Return by how many bytes the process grew, at its peak, during some steps after the first ones."""
-    for _ in range(STEPS):
-        jax.block_until_ready(side())
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = status("VmRSS")
-    for _ in range(STEPS):
-        jax.block_until_ready(side())
-    return status("VmHWM") - before
+
+    def steps():
+        for _ in range(STEPS):
+            jax.block_until_ready(side())
+
+    steps()
+    return peak_of(steps)[1]
 
 
 def memory(tree, kind, who):
@@ -143,9 +137,7 @@ def memories(tree):
     what = {"called": "loss included", "given": "gradients given as a tree", "facade": "facade, trees"}
     for kind in MEMORY:
         for who in ("ours",) if kind == "facade" else ("ours", "optax"):
-            command = [sys.executable, __file__, "--memory-of", json.dumps([tree, kind, who])]
-            answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            peak, grew = json.loads(answer.splitlines()[-1])
+            peak, grew = alone(memory, tree, kind, who)
             # Gradients that are given are held before the step begins; the others are made in it.
             allowed = whole / 4 if kind == "called" else 0
             said = "-" if peak is None else f"{peak / whole:.2f}"
@@ -156,10 +148,7 @@ def memories(tree):
 
 
 def main():
-    args = parse_arguments(__doc__, TREES, memory_of=("", "measure one side in this process, and print it"))
-    if args.memory_of:
-        print(json.dumps(memory(*json.loads(args.memory_of))))
-        return
+    args = parse_arguments(__doc__, trees=CHOICE, seconds=SECONDS)
     rows, limits, rates, peaks = [], [], [], []
     for tree in args.trees:
         if tree in LARGE:
@@ -192,7 +181,7 @@ def main():
         "no more than that, or 8 MiB, during later steps, besides the gradients where the step makes them.",
     ]
     write(
-        args.results / "step_memory.md",
+        args.results / "step" / "memory.md",
         "A step against copy bandwidth, and its peak memory",
         ["Clip by the global norm, Adam, decoupled decay, learning rate, apply, donated."],
         *([["## Bandwidth", "", *text, "", *table(header, limits), "", *table(TIMES, rows)]] if rows else []),

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rounds_problem import BATCH, EXAMPLES, RATE, answer, losses, make_clients, make_params
+
+from benchmarks.rounds.problem import BATCH, EXAMPLES, RATE, Rounds, losses, make_clients, make_params
+from benchmarks.worker import serve
 
 OPTIMIZER = optax.sgd(RATE)
 
@@ -49,4 +51,4 @@ def make(model, method, participants, bank, dtype):
 
 
 if __name__ == "__main__":
-    answer(make)
+    serve(Rounds(make, "optax"))

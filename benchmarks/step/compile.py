@@ -1,6 +1,6 @@
 """How long a training step takes to trace and to compile, ours packed beside optax, in turn.
 
-    python benchmarks/step_compile.py
+    python -m benchmarks.step.compile
 
 Three questions, a table each: with a loss over named leaves; with gradients that are
 packed already, where there is nothing to unpack; and a model of 1,000 layers, each with
@@ -8,15 +8,17 @@ a kernel and a bias of its own name. Every function is new, and JAX forgets betw
 what it has traced and compiled.
 """
 
+import functools
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from step_timing import at_least, at_most, parse_arguments, table, write
-from step_trees import TREES, given_step, loss_fn, normal, optax_chain, our_optimizer, trained_step
 
 import functional_optimodules as fo
+from benchmarks.report import parse_arguments, section, write
+from benchmarks.step.trees import CHOICE, TREES, given_step, loss_fn, normal, optax_chain, our_optimizer, trained_step
+from benchmarks.timing import at_least, at_most
 
 LAYERS, WIDTH, BATCH = 1000, 8, 4
 DEEP = "1,000 layers"
@@ -96,24 +98,24 @@ def measure(question, tree, repeats):
 
 def main():
     args = parse_arguments(
-        __doc__, TREES, repeats=(3, "times that each is compiled"), questions=("loss given deep", "")
+        __doc__,
+        trees=CHOICE,
+        repeats=(3, "times that each is compiled"),
+        questions=(tuple(QUESTIONS), "only these tables"),
     )
     seconds(lambda: jnp.add, (jnp.ones(3), jnp.ones(3)))  # the compiler's own start
+    header = ("tree", "side", "trace, s", "compile, s", "together, s", "smallest to largest", "repeats")
+    titles = ("tree", "ratio", "of medians", "target", "")
     sections = []
-    for question in args.questions.split():
-        rows, ratios = [], []
-        for tree in [DEEP] if question == "deep" else args.trees:
-            measured = measure(question, tree, args.repeats)
-            rows, ratios = rows + measured[0], ratios + measured[1]
-            print(*measured[0], *measured[1], sep="\n", flush=True)
-        header = ("tree", "side", "trace, s", "compile, s", "together, s", "smallest to largest", "repeats")
-        titles = ("tree", "ratio", "of medians", "target", "")
-        sections.append([f"## {QUESTIONS[question][0]}", "", *table(header, rows), "", *table(titles, ratios)])
+    for question in args.questions:
+        take = functools.partial(measure, question, repeats=args.repeats)
+        trees = [DEEP] if question == "deep" else args.trees
+        sections.append(section(QUESTIONS[question][0], take, trees, header, titles))
     intro = [
         "Clip by the global norm, Adam, decoupled decay, learning rate, apply. A new jitted, donated step each time:",
         "*trace* ends with the lowered program, *compile* begins with it. No cache on disk.",
     ]
-    write(args.results / "step_compile.md", "Compile time of a training step beside optax", intro, *sections)
+    write(args.results / "step" / "compile.md", "Compile time of a training step beside optax", intro, *sections)
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ TREES = {
     "transformer": transformer(),
     "one leaf of 16 M": {"kernel": (4000, 4000)},
 }
-SMALL = ("1,000 x 100", "200 x 1,000")
 LARGE = ("ResNet-50", "transformer", "one leaf of 16 M")
+CHOICE = (tuple(TREES), "only these trees")
 
 
 def normal(shapes, seed=0, scale=0.1):

@@ -1,6 +1,6 @@
 """One training step of this library, packed, beside the same chain in optax, in turn in one process.
 
-    python benchmarks/step_training.py
+    python -m benchmarks.step.training
 
 Three questions, a table each:
 
@@ -12,22 +12,16 @@ Ours donates parameters and state. optax runs donated, donated again as a contro
 how much a side differs from itself, and not donated; the better of its medians counts.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from step_timing import (
-    RATIOS,
-    TIMES,
-    at_least,
-    interleave,
-    parse_arguments,
-    ratio_row,
-    table,
-    time_rows,
-    within_control,
-    write,
-)
-from step_trees import (
+
+import functional_optimodules as fo
+from benchmarks.report import SECONDS, parse_arguments, section, write
+from benchmarks.step.trees import (
+    CHOICE,
     LARGE,
     TREES,
     Stepper,
@@ -39,8 +33,7 @@ from step_trees import (
     require_same,
     trained_step,
 )
-
-import functional_optimodules as fo
+from benchmarks.timing import RATIOS, TIMES, at_least, interleave, ratio_row, time_rows, within_control
 
 SCANNED = 10
 QUESTIONS = {
@@ -92,15 +85,11 @@ def measure(question, tree, seconds):
 
 
 def main():
-    args = parse_arguments(__doc__, TREES, questions=(" ".join(QUESTIONS), "which tables"))
+    args = parse_arguments(__doc__, trees=CHOICE, seconds=SECONDS, questions=(tuple(QUESTIONS), "only these tables"))
     sections = []
-    for question in args.questions.split():
-        rows, ratios = [], []
-        for tree in args.trees:
-            measured = measure(question, tree, args.seconds)
-            rows, ratios = rows + measured[0], ratios + measured[1]
-            print(*rows[-4:], *ratios[-2:], sep="\n", flush=True)
-        sections.append([f"## {QUESTIONS[question][0]}", "", *table(TIMES, rows), "", *table(RATIOS, ratios)])
+    for question in args.questions:
+        take = functools.partial(measure, question, seconds=args.seconds)
+        sections.append(section(QUESTIONS[question][0], take, args.trees, TIMES, RATIOS))
     intro = [
         "Clip by the global norm, Adam, decoupled decay, learning rate, apply. The loss is half the squared distance",
         "of every leaf to a number: its gradient needs each named leaf, and little else is computed. Both sides were",
@@ -108,7 +97,7 @@ def main():
         "1.02 times what optax differs from itself in the same run, by the end of the control's interval.",
         f"Large trees: {', '.join(LARGE)}.",
     ]
-    write(args.results / "step_training.md", "One training step beside optax", intro, *sections)
+    write(args.results / "step" / "training.md", "One training step beside optax", intro, *sections)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,13 @@
-"""Sides timed in turn in one process, and the tables of what they took."""
+"""Sides timed in turn, and the rows of tables that say what they took."""
 
-import argparse
 import gc
-import os
-import platform
 import time
-from importlib.metadata import version
-from pathlib import Path
 
 import jax
 import numpy as np
-from machine import processor
 
-HERE = Path(__file__).parent
+TIMES = ("tree", "side", "median, ms", "quartiles, ms", "fastest, ms", "passes")
+RATIOS = ("tree", "ratio", "of medians", "90 % interval", "of the fastest", "target", "")
 
 
 def interleave(sides, seconds=20.0, least=15, most=400):
@@ -58,18 +53,6 @@ def ratio(one, other, draws=2000):
     return float(np.median(one) / np.median(other)), float(low), float(high)
 
 
-def table(header, rows):
-    """Return the lines of a Markdown table."""
-    header = [str(cell) for cell in header]
-    return ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)] + [
-        "| " + " | ".join(str(cell) for cell in row) + " |" for row in rows
-    ]
-
-
-TIMES = ("tree", "side", "median, ms", "quartiles, ms", "fastest, ms", "passes")
-RATIOS = ("tree", "ratio", "of medians", "90 % interval", "of the fastest", "target", "")
-
-
 def time_rows(tree, times):
     """Return a row of `TIMES` for each side."""
     rows = []
@@ -105,38 +88,3 @@ def within_control(times, one, other, factor=1.02):
     """Return the target "no slower than `factor` times, beyond what a side differs from itself"."""
     _, low, high = ratio(times[one], times[other])
     return at_most(factor * max(high, 1 / low))
-
-
-def parse_arguments(doc, trees=(), **defaults):
-    """Parse the options that the scripts share: `--trees`, `--seconds`, `--results`."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if trees:
-        parser.add_argument("--trees", nargs="+", choices=trees, default=list(trees), help="only these trees")
-    parser.add_argument("--seconds", type=float, default=20.0, help="about how long to time each table's tree")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="the folder to write to")
-    for name, (default, text) in defaults.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, type=type(default), help=text)
-    return parser.parse_args()
-
-
-def conditions():
-    """Return what the numbers hold for: the machine, its load, the versions."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "optax", "numpy"))
-    device = jax.devices()[0]
-    cores = len(os.sched_getaffinity(0))
-    return [
-        f"- machine: {processor()}, {cores} cores, {platform.system()}; load at the end {os.getloadavg()[0]:.1f}",
-        f"- device: {device.device_kind} ({device.platform})",
-        f"- Python {platform.python_version()}, {versions}",
-    ]
-
-
-def write(path, title, intro, *sections):
-    """Write a report, and print it."""
-    parts = [f"# {title}", "", *intro, "", *conditions()]
-    for lines in sections:
-        parts += ["", *lines]
-    text = "\n".join(parts) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    print(text)

@@ -1,6 +1,8 @@
-"""The tables and the plot of `scaffold_table3.py`, from its CSV file."""
+"""The tables and the plot of `run.py`, from its CSV file."""
 
 import statistics
+
+from benchmarks.report import table
 
 NAMES = {"sgd": "SGD", "fedavg": "FedAvg", "fedprox": "FedProx", "scaffold": "SCAFFOLD"}
 COLUMNS = ("0", "10", "100")
@@ -25,19 +27,15 @@ def write_report(rows, stem, limit):
             cell.append((int(row["rounds"]) if row["rounds"] else None, float(row["rate"])))
     columns = [c for c in (*COLUMNS, "writers") if any(key[2] == c for key in cells)]
     plot(cells, columns, stem.with_suffix(".png"), limit)
-    text = (
-        "\n".join(
-            [
-                *heading(columns),
-                "",
-                *table(cells, columns, limit),
-                *spread(rows),
-                *comparison(cells),
-                *reading(cells, limit),
-            ]
-        )
-        + "\n"
-    )
+    lines = [
+        *heading(columns),
+        "",
+        *by_method(cells, columns, limit),
+        *spread(rows),
+        *comparison(cells),
+        *reading(cells, limit),
+    ]
+    text = "\n".join(lines) + "\n"
     stem.with_suffix(".md").write_text(text)
     print(text)
 
@@ -74,17 +72,17 @@ def shown(cell, limit):
     return f"**{show(median(cell, limit))}** ({show(values[0])} to {show(values[-1])}; {cell[0][1]:g})"
 
 
-def table(cells, columns, limit):
-    titles = [f"similarity {c} %" if c != "writers" else "writers" for c in columns]
-    lines = [f"| method | epochs | {' | '.join(titles)} |", "|---|---|" + "---|" * len(columns)]
+def by_method(cells, columns, limit):
+    rows = []
     for method, epochs in sorted({key[:2] for key in cells}, key=lambda key: (list(NAMES).index(key[0]), key[1])):
         entries = []
         for column in columns:
             paper = PAPER.get((method, epochs)) if column in COLUMNS else None
             entry = shown(cells.get((method, epochs, column)), limit)
             entries.append(entry + (f", *{paper[COLUMNS.index(column)]}*" if paper else ""))
-        lines.append(f"| {NAMES[method]} | {epochs if method != 'sgd' else 'one step'} | {' | '.join(entries)} |")
-    return lines
+        rows.append((NAMES[method], epochs if method != "sgd" else "one step", *entries))
+    titles = [f"similarity {c} %" if c != "writers" else "writers" for c in columns]
+    return table(("method", "epochs", *titles), rows)
 
 
 def spread(rows):
@@ -97,7 +95,7 @@ def spread(rows):
 
 def comparison(cells):
     """Put the ratios of methods beside the paper's."""
-    lines = []
+    rows = []
     for epochs in (1, 5, 10, 20):
         entries = []
         for index, column in enumerate(COLUMNS):
@@ -109,17 +107,11 @@ def comparison(cells):
             paper = f"*{there[0][index] / there[1][index]:.1f}*" if all(there) else "-"
             entries.append(f"{here:.1f}, {paper}")
         if len(entries) == len(COLUMNS):
-            lines.append(f"| {epochs} | {' | '.join(entries)} |")
-    if not lines:
+            rows.append((epochs, *entries))
+    if not rows:
         return []
-    return [
-        "",
-        "FedAvg's rounds over SCAFFOLD's, here and *in the paper*:",
-        "",
-        "| epochs | 0 % | 10 % | 100 % |",
-        "|---|---|---|---|",
-        *lines,
-    ]
+    head = ("epochs", "0 %", "10 %", "100 %")
+    return ["", "FedAvg's rounds over SCAFFOLD's, here and *in the paper*:", "", *table(head, rows)]
 
 
 def reading(cells, limit):

@@ -1,16 +1,21 @@
 """Steps on a GPU: absolute times, the fraction of the card's copy bandwidth, and the ratio to optax.
 
-    python benchmarks/gpu.py
+    python -m benchmarks.step.gpu
 
 It needs what the library needs, and a jaxlib for the card. Without a card it runs on the CPU and says so,
 which is a check of the script and no result. The card's bandwidth is that of a jitted copy in the same run.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from step_timing import RATIOS, interleave, parse_arguments, ratio_row, table, write
-from step_trees import (
+
+import functional_optimodules as fo
+from benchmarks.report import SECONDS, parse_arguments, section, write
+from benchmarks.step.trees import (
+    CHOICE,
     TREES,
     Facade,
     Stepper,
@@ -23,8 +28,7 @@ from step_trees import (
     size,
     trained_step,
 )
-
-import functional_optimodules as fo
+from benchmarks.timing import RATIOS, interleave, ratio_row
 
 COPIED = {"gpu": 2**28, "cpu": 2**25}  # elements of float32: many times what the caches hold
 QUESTIONS = {
@@ -81,21 +85,17 @@ def measure(question, tree, seconds, rate):
             (tree, name, f"{median:.3f}", f"{low:.3f} to {high:.3f}", f"{1e3 * taken.min():.3f}", f"{reached:.0%}")
         )
     pairs = (("optax", "ours"), ("optax", "optax, again"))
-    return rows, [ratio_row(tree, times, *pair) for pair in pairs]
+    # There are no targets for a card.
+    return rows, [ratio_row(tree, times, *pair)[:5] for pair in pairs]
 
 
 def main():
-    args = parse_arguments(__doc__, TREES)
+    args = parse_arguments(__doc__, trees=CHOICE, seconds=SECONDS)
     rate, sections = bandwidth(), []
     header = ("tree", "side", "median, ms", "quartiles, ms", "fastest, ms", "of copy bandwidth")
     for question, title in QUESTIONS.items():
-        rows, ratios = [], []
-        for tree in args.trees:
-            measured = measure(question, tree, args.seconds / 2, rate)
-            rows, ratios = rows + measured[0], ratios + measured[1]
-            print(question, *measured[0], *measured[1], sep="\n", flush=True)
-        # There are no targets for a card.
-        sections.append([f"## {title}", "", *table(header, rows), "", *table(RATIOS[:5], [row[:5] for row in ratios])])
+        take = functools.partial(measure, question, seconds=args.seconds / 2, rate=rate)
+        sections.append(section(title, take, args.trees, header, RATIOS[:5]))
     cpu = jax.default_backend() == "cpu"
     intro = [
         *(["**There was no GPU: these are the CPU's times, a check of the script.**", ""] if cpu else []),
@@ -105,7 +105,7 @@ def main():
         "",
         f"- copy bandwidth: {rate / 1e9:,.0f} GB/s, read and written",
     ]
-    write(args.results / ("gpu_on_cpu.md" if cpu else "gpu.md"), "Steps on a GPU", intro, *sections)
+    write(args.results / "step" / ("gpu_on_cpu.md" if cpu else "gpu.md"), "Steps on a GPU", intro, *sections)
 
 
 if __name__ == "__main__":

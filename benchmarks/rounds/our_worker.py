@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rounds_problem import BATCH, RATE, answer, losses, make_clients, make_params
 
+from benchmarks.rounds.problem import BATCH, RATE, Rounds, losses, make_clients, make_params
+from benchmarks.worker import serve
 from functional_optimodules import Optimizer
 from functional_optimodules.federated import FederatedData, Federation
 
@@ -44,4 +45,4 @@ def make(model, method, participants, bank, dtype):
 
 
 if __name__ == "__main__":
-    answer(make)
+    serve(Rounds(make, "functional_optimodules"))

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from fedjax.algorithms import fed_avg
-from rounds_problem import BATCH, RATE, answer, losses, make_clients, make_params
+
+from benchmarks.rounds.problem import BATCH, RATE, Rounds, losses, make_clients, make_params
+from benchmarks.worker import serve
 
 
 def make(model, method, participants, bank, dtype):
@@ -37,4 +39,4 @@ def make(model, method, participants, bank, dtype):
 
 
 if __name__ == "__main__":
-    answer(make)
+    serve(Rounds(make, "fedjax"))
