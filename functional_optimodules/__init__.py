@@ -5,13 +5,9 @@ over pytrees, for `optax.chain`, Flax, `jit` and `scan`. The same object offers
 `run`, `get_state` and messages between clients and servers.
 """
 
-from functional_optimodules.core.aux_var import FromClients, FromServer, Max, Min, Params, PerClient, Scalar
-from functional_optimodules.core.brick import OptiModule, list_optim_modules
-from functional_optimodules.core.fields import hyperparameter
-from functional_optimodules.core.packed import map_parameters, pack, set_small_leaf, small_leaf
-from functional_optimodules.core.packing import Packed, unpack
-from functional_optimodules.core.regularizer import Regularizer, list_optim_regularizers
-from functional_optimodules.core.scheduler import Clock, Scheduler, list_rate_schedulers
+from functional_optimodules.aux_var import FromClients, FromServer, Max, Min, Params, PerClient, Scalar
+from functional_optimodules.brick import OptiModule, Regularizer, list_optim_modules, list_optim_regularizers
+from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.modules.adaptive import AdaGradModule, AdamModule, RMSPropModule, YogiModule
 from functional_optimodules.modules.clipping import L2Clipping, L2GlobalClipping
 from functional_optimodules.modules.momentum import EWMAModule, MomentumModule, YogiMomentumModule
@@ -19,8 +15,11 @@ from functional_optimodules.modules.noise import GaussianNoiseModule
 from functional_optimodules.modules.optax import OptaxModule
 from functional_optimodules.modules.scaffold import ScaffoldClientModule, ScaffoldServerModule
 from functional_optimodules.optimizer import Optimizer
+from functional_optimodules.packing.policy import map_parameters, pack, set_small_leaf, small_leaf
+from functional_optimodules.packing.tree import Packed, unpack
 from functional_optimodules.regularizers import FedProxRegularizer, LassoRegularizer, RidgeRegularizer
 from functional_optimodules.schedulers import (
+    Clock,
     CosineAnnealing,
     CosineAnnealingWarmRestarts,
     CyclicExpRange,
@@ -30,8 +29,10 @@ from functional_optimodules.schedulers import (
     LinearDecay,
     PiecewiseDecay,
     PolynomialDecay,
+    Scheduler,
     Warmup,
     WarmupRounds,
+    list_rate_schedulers,
 )
 
 __version__ = "0.1.0"

@@ -1,20 +1,19 @@
-"""The registered plug-ins, as text for a terminal and as the table of the README.
+"""The registered plug-ins, as text for a terminal and as the tables of the documentation.
 
 All of it is read off the plug-ins themselves: a new one needs no line here.
 """
 
 import dataclasses
+import inspect
 import textwrap
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
-from functional_optimodules.core.brick import list_optim_modules
-from functional_optimodules.core.fields import describe
-from functional_optimodules.core.plugin import Plugin, field_types
-from functional_optimodules.core.regularizer import list_optim_regularizers
-from functional_optimodules.core.scheduler import list_rate_schedulers
+from functional_optimodules.brick import list_optim_modules, list_optim_regularizers
+from functional_optimodules.config.fields import describe, field_types, nearest
+from functional_optimodules.config.plugin import Plugin
+from functional_optimodules.schedulers import list_rate_schedulers
 
-KINDS: Mapping[str, Any] = {
+KINDS: Mapping[str, Callable[[], Mapping[str, type[Plugin]]]] = {
     "modules": list_optim_modules,
     "regularizers": list_optim_regularizers,
     "schedulers": list_rate_schedulers,
@@ -25,7 +24,7 @@ KINDS: Mapping[str, Any] = {
 def plugin_table(kinds: Iterable[str] = tuple(KINDS)) -> str:
     """Return the library's own plug-ins as Markdown: for each kind a heading and a table.
 
-    Third parties' are left out: the README must not depend on what else was imported.
+    Third parties' are left out: the documentation must not depend on what else was imported.
     """
     return "\n\n".join(_markdown(kind) for kind in kinds)
 
@@ -37,6 +36,28 @@ def plugin_list(kinds: Iterable[str] = tuple(KINDS)) -> str:
         entries = [_entry(name, plugin) for name, plugin in KINDS[kind]().items()]
         sections.append("\n\n".join([kind.upper(), *entries]))
     return "\n\n\n".join(sections)
+
+
+def plugin_page(name: str) -> str:
+    """Return all about the plug-ins of a name: docstring and hyper-parameters."""
+    pages = []
+    for kind, plugin in named(name):
+        title = f"{name}  ({plugin.__name__}), one of the {kind}"
+        lines = [_line(field) for field in hyperparameters(plugin)]
+        fields = f"\n\nHyper-parameters:\n{textwrap.indent(chr(10).join(lines), '  ')}" if lines else ""
+        pages.append(f"{title}\n\n{inspect.getdoc(plugin)}{fields}")
+    return "\n\n\n".join(pages)
+
+
+def named(name: str) -> list[tuple[str, type[Plugin]]]:
+    """Return the kind and the class of each registered plug-in of a name."""
+    return [(kind, plugins()[name]) for kind, plugins in KINDS.items() if name in plugins()]
+
+
+def unknown(word: str) -> str:
+    """Say what there is instead of a word that is neither a kind nor a name."""
+    names = {name for plugins in KINDS.values() for name in plugins()}
+    return f"neither a kind ({', '.join(KINDS)}) nor a plug-in is named {word!r}: {nearest(word, {*KINDS, *names})}"
 
 
 def summary(plugin: type[Plugin]) -> str:
@@ -54,17 +75,19 @@ def hyperparameters(plugin: type[Plugin]) -> list[tuple[str, str, str, str]]:
             "" if field.default is dataclasses.MISSING else repr(field.default),
             field.metadata["within"].text if "within" in field.metadata else "",
         )
-        for field in dataclasses.fields(plugin)  # type: ignore[arg-type]
+        for field in dataclasses.fields(plugin)
     ]
 
 
 def _entry(name: str, plugin: type[Plugin]) -> str:
-    lines = [f"{name}  ({plugin.__name__})", summary(plugin)]
-    for field, kind, default, within in hyperparameters(plugin):
-        lines.append(
-            f"  {field}: {kind}{f' = {default}' if default else ', required'}{f', in {within}' if within else ''}"
-        )
+    fields = [f"  {_line(field)}" for field in hyperparameters(plugin)]
+    lines = [f"{name}  ({plugin.__name__})", summary(plugin), *fields]
     return textwrap.indent("\n".join(lines), "  ").replace("\n  ", "\n      ").rstrip()
+
+
+def _line(hyperparameter: tuple[str, str, str, str]) -> str:
+    field, kind, default, within = hyperparameter
+    return f"{field}: {kind}{f' = {default}' if default else ', required'}{f', in {within}' if within else ''}"
 
 
 def _markdown(kind: str) -> str:

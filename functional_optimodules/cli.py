@@ -6,17 +6,16 @@ where it runs, so that the others work without it.
 """
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from functional_optimodules.catalogue import KINDS, plugin_list, plugin_table
+from functional_optimodules.catalogue import KINDS, named, plugin_list, plugin_page, plugin_table, unknown
+from functional_optimodules.experiments.extras import missing
 
 _PROGRAM = "functional-optimodules"
-_DEMO_PACKAGES = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "tqdm": "tqdm"}
 
 
 class UsageError(Exception):
@@ -45,17 +44,9 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _require_packages(what: str) -> None:
-    missing = [project for module, project in _DEMO_PACKAGES.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UsageError(
-            f"{what} needs {' and '.join(missing)}: install with `pip install 'functional_optimodules[demo]'`, "
-            "or from a clone of the repository with `pip install '.[demo]'`"
-        )
-
-
 def _demo(arguments: argparse.Namespace) -> int:
-    _require_packages("the demo")
+    if lacking := missing("matplotlib", "sklearn", "tqdm"):
+        raise UsageError(f"the demo needs {lacking}")
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -77,7 +68,6 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    _require_packages("an experiment")
     from functional_optimodules.experiments.run import run_experiment
 
     output = arguments.output or Path(arguments.experiment.stem)
@@ -88,19 +78,36 @@ def _run(arguments: argparse.Namespace) -> int:
         return 1
     except KeyError as error:
         raise UsageError(f"{arguments.experiment}: {error.args[0]}") from error
-    except (OSError, TypeError, ValueError) as error:
+    except (ModuleNotFoundError, OSError, TypeError, ValueError) as error:
         raise UsageError(f"{arguments.experiment}: {error}") from error
     return 0
 
 
+def _kind_or_name(word: str) -> str:
+    if word not in KINDS and not named(word):
+        raise argparse.ArgumentTypeError(unknown(word))
+    return word
+
+
 def _list_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", nargs="?", choices=tuple(KINDS), help="only plug-ins of this kind")
-    parser.add_argument("--markdown", action="store_true", help="print the table that the README embeds")
+    parser.add_argument(
+        "what",
+        nargs="?",
+        type=_kind_or_name,
+        metavar="KIND or NAME",
+        help=f"only plug-ins of one kind ({', '.join(KINDS)}), or all about the one of this name",
+    )
+    parser.add_argument("--markdown", action="store_true", help="print the tables that the documentation has")
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    kinds = [arguments.kind] if arguments.kind else list(KINDS)
-    print(plugin_table(kinds) if arguments.markdown else plugin_list(kinds))
+    kinds = [arguments.what] if arguments.what else list(KINDS)
+    if not KINDS.keys() >= set(kinds):
+        if arguments.markdown:
+            raise UsageError(f"--markdown prints tables of {', '.join(KINDS)}, and none of {arguments.what!r} alone")
+        print(plugin_page(arguments.what))
+    else:
+        print(plugin_table(kinds) if arguments.markdown else plugin_list(kinds))
     return 0
 
 

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 
-from functional_optimodules.core.brick import Brick, OptiModule
-from functional_optimodules.core.fields import hyperparameter
-from functional_optimodules.core.numerics import wide
-from functional_optimodules.core.packed import packed_as
-from functional_optimodules.core.packing import is_packed
-from functional_optimodules.core.regularizer import Regularizer
-from functional_optimodules.core.scheduler import Scheduler
-from functional_optimodules.schedulers import as_scheduler
+from functional_optimodules.aux_var import AuxVar, Params
+from functional_optimodules.brick import Brick, OptiModule, Regularizer
+from functional_optimodules.config.fields import hyperparameter
+from functional_optimodules.numerics import wide
+from functional_optimodules.packing.adapter import Adapter, adapted, packed_like
+from functional_optimodules.schedulers import Scheduler, as_scheduler
+from functional_optimodules.types import Json, PyTree, Updates
 
 Named = str | tuple[str, Mapping[str, Any]]
 """A plug-in by its name, or by its name and its configuration."""
@@ -42,14 +41,17 @@ class OptimizerState(NamedTuple):
 
     lrate: Any
     w_decay: Any
-    regularizers: dict[str, Any]
-    modules: dict[str, Any]
+    regularizers: dict[str, PyTree]
+    modules: dict[str, PyTree]
 
 
-class Optimizer(Brick, register=False):
+class Optimizer(Brick[OptimizerState], register=False):
     """A gradient-descent optimizer made of plug-ins.
 
         updates = -(lrate * modules(regularizers(grads, params)) + w_decay * params)
+
+    The decay is not multiplied by the learning rate: what AdamW of optax or PyTorch
+    calls `weight_decay` is `w_decay / lrate` here.
 
     It is itself a brick, pure and stateful, accepted as `tx` by Flax and optax.
 
@@ -100,17 +102,30 @@ class Optimizer(Brick, register=False):
     def _decays(self) -> bool:
         return not (isinstance(self.w_decay, int | float) and self.w_decay == 0)
 
-    def init(self, params: Any) -> OptimizerState:
+    @property
+    def _rates(self) -> tuple[Scheduler, Scheduler]:
+        return as_scheduler(self.lrate), as_scheduler(self.w_decay)
+
+    @property
+    def _regularizers(self) -> dict[str, Adapter]:
+        return _labelled(self.regularizers)
+
+    @property
+    def _modules(self) -> dict[str, Adapter]:
+        return _labelled(self.modules)
+
+    def init(self, params: Params) -> OptimizerState:
+        lrate, w_decay = self._rates
         return OptimizerState(
-            lrate=as_scheduler(self.lrate).init(),
-            w_decay=as_scheduler(self.w_decay).init(),
-            regularizers={label: brick.init(params) for label, brick in _labels(self.regularizers).items()},
-            modules={label: brick.init(params) for label, brick in _labels(self.modules).items()},
+            lrate=lrate.init(),
+            w_decay=w_decay.init(),
+            regularizers={label: brick.init(params) for label, brick in self._regularizers.items()},
+            modules={label: brick.init(params) for label, brick in self._modules.items()},
         )
 
     def update(
-        self, updates: Any, state: OptimizerState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, OptimizerState]:
+        self, updates: Updates, state: OptimizerState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, OptimizerState]:
         """Take a step: turn gradients into updates that are ready to be added to the parameters.
 
         Raises:
@@ -118,14 +133,13 @@ class Optimizer(Brick, register=False):
         """
         if self._decays and params is None:
             raise ValueError(f"Optimizer with w_decay={self.w_decay!r} needs the parameters: pass `params`")
-        if is_packed(params):
-            updates = packed_as(updates, params.packing)
+        updates = packed_like(updates, params)
         regularizers, modules = dict(state.regularizers), dict(state.modules)
-        for label, regularizer in _labels(self.regularizers).items():
+        for label, regularizer in self._regularizers.items():
             updates, regularizers[label] = regularizer.update(updates, regularizers[label], params, **extra_args)
-        for label, module in _labels(self.modules).items():
+        for label, module in self._modules.items():
             updates, modules[label] = module.update(updates, modules[label], params, **extra_args)
-        lrate, w_decay = as_scheduler(self.lrate), as_scheduler(self.w_decay)
+        lrate, w_decay = self._rates
         eta, decay = lrate.value(state.lrate), w_decay.value(state.w_decay)
 
         def scale(g: jax.Array, *param: jax.Array) -> jax.Array:
@@ -136,32 +150,33 @@ class Optimizer(Brick, register=False):
         clocks = lrate.advance(state.lrate), w_decay.advance(state.w_decay)
         return updates, OptimizerState(*clocks, regularizers, modules)
 
-    def begin_round(self, state: OptimizerState, params: Any = None) -> OptimizerState:
+    def begin_round(self, state: OptimizerState, params: Params = None) -> OptimizerState:
         """Begin a round of both rates' clocks and of every brick."""
+        lrate, w_decay = self._rates
+
+        def begun(bricks: dict[str, Adapter], states: dict[str, PyTree]) -> dict[str, PyTree]:
+            return {label: brick.begin_round(states[label], params) for label, brick in bricks.items()}
+
         return OptimizerState(
-            lrate=as_scheduler(self.lrate).begin_round(state.lrate),
-            w_decay=as_scheduler(self.w_decay).begin_round(state.w_decay),
-            regularizers={
-                label: brick.begin_round(state.regularizers[label], params)
-                for label, brick in _labels(self.regularizers).items()
-            },
-            modules={
-                label: brick.begin_round(state.modules[label], params) for label, brick in _labels(self.modules).items()
-            },
+            lrate=lrate.begin_round(state.lrate),
+            w_decay=w_decay.begin_round(state.w_decay),
+            regularizers=begun(self._regularizers, state.regularizers),
+            modules=begun(self._modules, state.modules),
         )
 
-    def collect(self, state: OptimizerState) -> dict[str, Any]:
+    def collect(self, state: OptimizerState) -> dict[str, AuxVar]:
         """Return what the modules send, by the name of their auxiliary variables."""
-        auxes: dict[str, Any] = {}
-        for label, module in _labels(self.modules).items():
-            auxes |= module.collect_channels(state.modules[label])
+        auxes: dict[str, AuxVar] = {}
+        for label, module in self._modules.items():
+            auxes |= module.collect(state.modules[label])
         return auxes
 
     def commit(self, state: OptimizerState) -> OptimizerState:
-        modules = {label: module.commit(state.modules[label]) for label, module in _labels(self.modules).items()}
-        return state._replace(modules=modules)
+        return state._replace(
+            modules={label: module.commit(state.modules[label]) for label, module in self._modules.items()}
+        )
 
-    def process(self, aux: Mapping[str, Any], state: OptimizerState) -> OptimizerState:
+    def process(self, aux: Mapping[str, AuxVar], state: OptimizerState) -> OptimizerState:
         """Hand what was received, by name, to the modules that it is for.
 
         Raises:
@@ -171,21 +186,34 @@ class Optimizer(Brick, register=False):
             if name not in self.channels():
                 raise KeyError(f"Optimizer: no module takes auxiliary variables named {name!r}")
         modules = dict(state.modules)
-        for label, module in _labels(self.modules).items():
-            for name in module.channels().keys() & aux.keys():
-                modules[label] = module.process(aux[name], modules[label])
+        for label, module in self._modules.items():
+            own = {name: aux[name] for name in module.brick.channels() if name in aux}
+            modules[label] = module.process(own, modules[label])
         return state._replace(modules=modules)
 
     def channels(self) -> dict[str, OptiModule]:
         return {name: module for each in self.modules for name, module in each.channels().items()}
 
-    def collect_channels(self, state: Any) -> dict[str, Any]:
-        return self.collect(state)
+    def run(  # type: ignore[override]
+        self, gradients: Updates, *unnamed: Params, params: Params = None, **extra_args: PyTree
+    ) -> PyTree:
+        """Do what `compute_updates_from_gradients` does.
 
-    def process_channels(self, auxes: Mapping[str, Any], state: Any) -> Any:
-        return self.process(auxes, state)
+        `params` is named: it comes second here and first in the other methods, and
+        trees that are swapped would give wrong numbers in silence.
 
-    def compute_updates_from_gradients(self, params: Any, gradients: Any, **extra_args: Any) -> Any:
+        Raises:
+          TypeError: if `params` is not named.
+        """
+        if unnamed:
+            raise TypeError(
+                "Optimizer.run takes the parameters by name, lest they be taken for the gradients\n"
+                "    wrong:  optimizer.run(gradients, params)\n"
+                "    right:  optimizer.run(gradients, params=params)"
+            )
+        return super().run(gradients, params, **extra_args)
+
+    def compute_updates_from_gradients(self, params: Params, gradients: Updates, **extra_args: PyTree) -> PyTree:
         """Return updates that are ready to be added to the parameters, and keep the new state.
 
         Args:
@@ -199,7 +227,9 @@ class Optimizer(Brick, register=False):
         """
         return self._session.step(gradients, params, extra_args)
 
-    def apply_gradients(self, params: Any, gradients: Any, *, donate: bool = False, **extra_args: Any) -> Any:
+    def apply_gradients(
+        self, params: Params, gradients: Updates, *, donate: bool = False, **extra_args: PyTree
+    ) -> Params:
         """Return the parameters after a step, by one compiled call, and keep the new state.
 
         Args:
@@ -218,16 +248,22 @@ class Optimizer(Brick, register=False):
         """Begin a round, also before the first step."""
         self.on_round_start()
 
-    def collect_aux_var(self) -> dict[str, Any]:
-        """Return the modules' messages for their counterparts by `aux_name`; the same again if asked again."""
+    def collect_aux_var(self) -> dict[str, Json]:
+        """Return the modules' messages for their counterparts by `aux_name`; the same again if asked again.
+
+        On a server, sending the broadcast begins the round, if nobody has begun it.
+        """
         return self._session.collect()
 
     def retract_aux_var(self) -> None:
         """Say that the last collected messages are known to be lost: they will not be committed."""
         self._session.retract()
 
-    def process_aux_var(self, aux_var: Mapping[str, Any]) -> None:
-        """Take the counterpart's messages by `aux_name`; on a server, for each a dict of these keyed by client.
+    def process_aux_var(self, aux_var: Mapping[str, Json]) -> None:
+        """Take the counterpart's messages by `aux_name`.
+
+        A server takes those of a round as they arrive, `{client: {aux_name: message}}`,
+        or sorted, `{aux_name: {client: message}}`.
 
         Raises:
           KeyError: if no module has such a name, or a variable is missing or unknown.
@@ -243,10 +279,10 @@ def _times(rate: jax.Array, array: jax.Array) -> jax.Array:
     return rate.astype(array.real.dtype) * array
 
 
-def _labels(bricks: Sequence[Any]) -> dict[str, Any]:
+def _labelled(bricks: Sequence[Brick]) -> dict[str, Adapter]:
     """Name bricks apart: `adam`, `adam-2`."""
-    labels: dict[str, Any] = {}
+    labelled: dict[str, Adapter] = {}
     for brick in bricks:
         names = itertools.chain([brick.name], (f"{brick.name}-{number}" for number in itertools.count(2)))
-        labels[next(name for name in names if name not in labels)] = brick
-    return labels
+        labelled[next(name for name in names if name not in labelled)] = adapted(brick)
+    return labelled

@@ -6,18 +6,21 @@ ridge     alpha * ||w||²                 grads += 2 * alpha * w
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from functional_optimodules.core.fields import hyperparameter
-from functional_optimodules.core.numerics import wide
-from functional_optimodules.core.regularizer import Regularizer
+from functional_optimodules.aux_var import Params
+from functional_optimodules.brick import Regularizer
+from functional_optimodules.config.fields import hyperparameter
+from functional_optimodules.numerics import wide
+from functional_optimodules.types import PyTree, Updates
 
 
-def add_scaled(updates: Any, alpha: Any, penalty: Callable[..., jax.Array], *trees: Any) -> Any:
+def add_scaled(updates: Updates, alpha: ArrayLike, penalty: Callable[..., jax.Array], *trees: PyTree) -> PyTree:
     """Return `updates + alpha * penalty(*trees)`, leaf by leaf, in the updates' dtypes."""
     return jax.tree.map(
         lambda g, *leaves: (wide(g) + alpha * penalty(*map(wide, leaves))).astype(jnp.result_type(g)), updates, *trees
@@ -32,11 +35,11 @@ class FedProxState(NamedTuple):
       awaits: boolean scalar, whether the next step's parameters become the reference.
     """
 
-    reference: Any
+    reference: PyTree
     awaits: jax.Array
 
 
-class FedProxRegularizer(Regularizer):
+class FedProxRegularizer(Regularizer[FedProxState]):
     """α/2·‖w − w_ref‖², w_ref the weights at the start of the round (Li et al. 2020).
 
         Init(alpha):
@@ -62,24 +65,24 @@ class FedProxRegularizer(Regularizer):
     packable: ClassVar[bool] = True
     alpha: float = hyperparameter(default=0.01, within="[0, inf)")
 
-    def init(self, params: Any) -> FedProxState:
+    def init(self, params: Params) -> FedProxState:
         return FedProxState(jax.tree.map(jnp.zeros_like, params), jnp.array(True))
 
-    def begin_round(self, state: FedProxState, params: Any = None) -> FedProxState:
+    def begin_round(self, state: FedProxState, params: Params = None) -> FedProxState:
         if params is None:
             return state._replace(awaits=jnp.array(True))
         return FedProxState(jax.tree.map(jnp.copy, params), jnp.array(False))
 
     def update(
-        self, updates: Any, state: FedProxState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, FedProxState]:
+        self, updates: Updates, state: FedProxState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, FedProxState]:
         weights = self.require(params)
         reference = jax.tree.map(lambda w, ref: jnp.where(state.awaits, w, ref), weights, state.reference)
         output = add_scaled(updates, self.alpha, jnp.subtract, weights, reference)
         return output, FedProxState(reference, jnp.array(False))
 
 
-class LassoRegularizer(Regularizer):
+class LassoRegularizer(Regularizer[optax.EmptyState]):
     """α·‖w‖₁ (Tibshirani 1996).
 
         Step(grads, weights):
@@ -96,14 +99,16 @@ class LassoRegularizer(Regularizer):
     packable: ClassVar[bool] = True
     alpha: float = hyperparameter(default=0.01, within="[0, inf)")
 
-    def init(self, params: Any) -> optax.EmptyState:
+    def init(self, params: Params) -> optax.EmptyState:
         return optax.EmptyState()
 
-    def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+    def update(
+        self, updates: Updates, state: optax.EmptyState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, optax.EmptyState]:
         return add_scaled(updates, self.alpha, jnp.sign, self.require(params)), state
 
 
-class RidgeRegularizer(Regularizer):
+class RidgeRegularizer(Regularizer[optax.EmptyState]):
     """α·‖w‖² (Hoerl & Kennard 1970).
 
         Step(grads, weights):
@@ -121,8 +126,10 @@ class RidgeRegularizer(Regularizer):
     packable: ClassVar[bool] = True
     alpha: float = hyperparameter(default=0.01, within="[0, inf)")
 
-    def init(self, params: Any) -> optax.EmptyState:
+    def init(self, params: Params) -> optax.EmptyState:
         return optax.EmptyState()
 
-    def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+    def update(
+        self, updates: Updates, state: optax.EmptyState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, optax.EmptyState]:
         return add_scaled(updates, self.alpha, lambda w: 2 * w, self.require(params)), state

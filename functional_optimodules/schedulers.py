@@ -12,6 +12,16 @@ With u the index of the step, or of the round where `step_level` is false:
     cyclic-triangular               base + (max_lr - base) * triangle(step)
     cyclic-exp-range                the same, times decay ** step
     warmup, warmup-rounds           a linear climb, then a constant or another scheduler
+
+As pure functions:
+
+    Init() -> clock
+    Value(clock) -> rate
+    Advance(clock) -> clock         # a step has been taken
+    Round(clock) -> clock           # a round begins
+
+The first step and the first round have index 0, whether or not anybody begins a
+round. A rate is computed when it is used: it is that of the step it serves.
 """
 
 import abc
@@ -22,9 +32,121 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from functional_optimodules.core.fields import hyperparameter
-from functional_optimodules.core.numerics import power, real
-from functional_optimodules.core.scheduler import Clock, Scheduler
+from functional_optimodules.aux_var import Params
+from functional_optimodules.brick import Brick
+from functional_optimodules.config.fields import hyperparameter, require_keys
+from functional_optimodules.numerics import power, real, where
+from functional_optimodules.stateful.facade import CONFIG, Stateful
+from functional_optimodules.stateful.session import Session
+from functional_optimodules.types import Json, PyTree, Updates
+
+
+class Clock(NamedTuple):
+    """The time of a scheduler.
+
+    Attributes:
+      steps: int32 scalar, how many steps have been taken: the index of the next.
+      rounds: int32 scalar, how many rounds have begun: the index of the current
+        one plus 1, or 0.
+    """
+
+    steps: jax.Array
+    rounds: jax.Array
+
+    @property
+    def round_(self) -> jax.Array:
+        """The index of the current round."""
+        return jnp.maximum(self.rounds - 1, 0)
+
+
+class Scheduler(Stateful, kind="scheduler"):
+    """A rate that changes with time.
+
+    Simple schedulers only write `compute_value`; one that wraps another holds
+    the other's clock within its own. All of it also works on traced values.
+    """
+
+    _final: ClassVar[frozenset[str]] = CONFIG | {"get_next_rate", "on_round_start", "get_state", "set_state"}
+
+    def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
+        """Return the rate at a step of a round, both int32 scalars counted from 0."""
+        raise NotImplementedError(f"{type(self).__name__} should define `compute_value`, or `value`")
+
+    def init(self) -> Any:
+        """Return the clock before the first step."""
+        return Clock(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+    def value(self, clock: PyTree) -> jax.Array:
+        """Return the rate at a time, a scalar of JAX's default precision."""
+        return real(self.compute_value(clock.steps, clock.round_))
+
+    def advance(self, clock: PyTree) -> Any:
+        """Return the clock after one more step."""
+        return clock._replace(steps=optax.safe_increment(clock.steps))
+
+    def begin_round(self, clock: PyTree) -> Any:
+        """Return the clock as one more round begins."""
+        return clock._replace(rounds=clock.rounds + 1)
+
+    def get_next_rate(self) -> float:
+        """Return the rate of the next step, and count that step."""
+        return float(self._session.step(_rate(), None, {}))
+
+    def get_state(self) -> dict[str, Json]:
+        """Return the clock as JSON values."""
+        saved = super().get_state()
+        return {key: saved[key] for key in _STATE_KEYS}
+
+    def set_state(self, state: Mapping[str, Json]) -> None:
+        """Restore what `get_state` returned.
+
+        Raises:
+          KeyError: if a key or a variable is missing or unknown.
+          TypeError: if it is no mapping.
+          ValueError: if it is another scheduler's, or malformed.
+        """
+        owner = type(self).__name__
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{owner}: a state is a mapping, not {type(state).__name__}")
+        require_keys(state, _STATE_KEYS, f"{owner}: the state")
+        super().set_state({**super().get_state(), **state})
+
+    def _begin(self) -> Session:
+        session = Session(_Ticking(self.bare()), type(self).__name__, "`value(clock)` and `advance(clock)`")
+        session.setup(_rate(), None)
+        return session
+
+
+_STATE_KEYS = ("name", "variables")
+
+
+def _rate() -> jax.Array:
+    return jnp.zeros(())
+
+
+class _Ticking(Brick, register=False):
+    """A scheduler as a brick, whose only update is the rate and whose state is the clock."""
+
+    scheduler: Scheduler
+
+    def init(self, params: Params) -> Any:
+        return self.scheduler.init()
+
+    def update(
+        self, updates: Updates, state: PyTree, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, Any]:
+        return self.scheduler.value(state), self.scheduler.advance(state)
+
+    def begin_round(self, state: PyTree, params: Params = None) -> Any:
+        return self.scheduler.begin_round(state)
+
+    def state_name(self) -> str:
+        return self.scheduler.name
+
+
+def list_rate_schedulers() -> dict[str, type[Scheduler]]:
+    """Return the registered schedulers by name."""
+    return dict(sorted(Scheduler._registry.items()))
 
 
 def _ratio(index: Any, count: Any) -> jax.Array:
@@ -277,12 +399,8 @@ class _Warmup(Scheduler, register=False):
 
     def advance(self, clock: WarmupClock) -> WarmupClock:
         moved = self._wrapped.advance(clock.inner)
-        inner = _choose(self._unit(clock) < self.warmup, clock.inner, moved)
+        inner = where(self._unit(clock) < self.warmup, clock.inner, moved)
         return clock._replace(steps=optax.safe_increment(clock.steps), inner=inner)
-
-
-def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 class Warmup(_Warmup):
@@ -303,7 +421,7 @@ class Warmup(_Warmup):
         return clock.steps
 
     def begin_round(self, clock: WarmupClock) -> WarmupClock:
-        start = _choose(clock.steps < self.warmup, self._wrapped.init(), clock.inner)
+        start = where(clock.steps < self.warmup, self._wrapped.init(), clock.inner)
         return clock._replace(rounds=clock.rounds + 1, inner=self._wrapped.begin_round(start))
 
 
@@ -325,7 +443,7 @@ class WarmupRounds(_Warmup):
 
     def begin_round(self, clock: WarmupClock) -> WarmupClock:
         begun = self._wrapped.begin_round(clock.inner)
-        inner = _choose(clock.rounds < self.warmup, clock.inner, begun)
+        inner = where(clock.rounds < self.warmup, clock.inner, begun)
         return clock._replace(rounds=clock.rounds + 1, inner=inner)
 
 

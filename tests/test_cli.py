@@ -1,6 +1,7 @@
 """The command: what it lists, and what it says when it cannot do what was asked."""
 
 import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -40,7 +41,28 @@ def test_list_of_one_kind_leaves_out_the_others(capsys):
     assert "warmup" not in printed
 
 
-def test_markdown_prints_the_table_that_the_readme_embeds(capsys):
+def test_list_of_a_name_prints_its_docstring_and_fields_alone(capsys):
+    assert cli.main(["list", "adam"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("adam  (AdamModule), one of the modules\n\n" + inspect.getdoc(fo.AdamModule))
+    assert printed.endswith("  eps: float = 1e-07, in (0, inf)\n  round_reset: bool = False\n")
+    assert "YogiModule" not in printed
+
+
+def test_list_of_a_name_that_two_kinds_share_prints_both(monkeypatch, capsys):
+    monkeypatch.setitem(fo.Scheduler._registry, "ridge", fo.LinearDecay)
+    cli.main(["list", "ridge"])
+    printed = capsys.readouterr().out
+    assert "ridge  (RidgeRegularizer), one of the regularizers" in printed
+    assert "ridge  (LinearDecay), one of the schedulers" in printed
+
+
+def test_there_is_no_table_of_one_plugin(capsys):
+    assert cli.main(["list", "adam", "--markdown"]) == 2
+    assert "tables of modules, regularizers, schedulers" in capsys.readouterr().err
+
+
+def test_markdown_prints_the_tables_that_the_documentation_embeds(capsys):
     cli.main(["list", "--markdown"])
     assert capsys.readouterr().out == catalogue.plugin_table() + "\n"
 
@@ -76,14 +98,14 @@ def test_the_table_leaves_out_third_parties_and_the_list_does_not(monkeypatch):
     assert "| `foreign` | `Foreign` | `choice=None` | Left \\| right |" in catalogue.plugin_table()
 
 
-@pytest.mark.parametrize("argv", [[], ["dmeo"], ["list", "optimizers"], ["demo", "--rounds", "3"]])
+@pytest.mark.parametrize("argv", [[], ["dmeo"], ["list", "optimizers"], ["list", "amad"], ["demo", "--rounds", "3"]])
 def test_unknown_words_exit_with_2_and_name_the_choices(argv, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(argv)
     assert exit_.value.code == 2
     message = capsys.readouterr().err
     assert "usage: functional-optimodules" in message
-    expected = {"dmeo": "demo", "optimizers": "schedulers", "3": "--rounds"}
+    expected = {"dmeo": "demo", "optimizers": "schedulers", "amad": "'adam'", "3": "--rounds"}
     assert expected.get(argv[-1] if argv else "", "COMMAND") in message
 
 

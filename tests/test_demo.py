@@ -1,6 +1,7 @@
 """The demo, shortened: that it writes its files and that its checks can fail."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,24 @@ import pytest
 from flax import nnx
 
 from functional_optimodules import Optimizer
-from functional_optimodules.demo import digits, run_demo, training
-from functional_optimodules.demo.federated import Client, Server, new_weights
+from functional_optimodules.config.fields import differences
+from functional_optimodules.demo import ALGORITHMS, run_demo, training
+from functional_optimodules.demo.peers import Client, Server, exchange
+from functional_optimodules.experiments.config import Experiment
+from functional_optimodules.experiments.data import digits
+from functional_optimodules.experiments.run import Simulation
+
+FOLDER = Path(training.__file__).parent
 
 
 @pytest.fixture(scope="module")
 def images():
-    return digits.load()
+    return digits()
+
+
+@pytest.fixture(scope="module")
+def scaffold():
+    return Simulation.of(Experiment.read(FOLDER / "scaffold.toml"), FOLDER)
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +38,9 @@ def short_demo(tmp_path_factory):
 
 def test_short_demo_keeps_the_promise_of_resuming_and_no_accuracy(short_demo):
     _, promises = short_demo
-    assert [promise.kept for promise in promises] == [False, False, True, False, False]
+    assert [promise.kept for promise in promises] == [False, False, True, False, False, True]
     assert "bit-identical" in promises[2].what
+    assert "exchange text" in promises[5].what
 
 
 def test_short_demo_writes_a_picture_and_readable_files(short_demo):
@@ -66,31 +79,36 @@ def test_linen_twin_has_the_shapes_of_the_nnx_model():
     assert sorted(leaf.shape for leaf in jax.tree.leaves(twin)) == sorted(leaf.shape for leaf in jax.tree.leaves(model))
 
 
-def test_every_image_is_on_one_side_and_with_one_client(images):
+def test_every_image_is_on_one_side_and_with_one_client_who_has_two_digits(images, scaffold):
     train, test = images
-    assert len(train.labels) + len(test.labels) == 1797
-    shares = digits.two_digits_each(train)
-    assert sum(len(share.labels) for share in shares.values()) == len(train.labels)
-    assert all(set(share.labels) == {i, (i + 1) % 10} for i, share in enumerate(shares.values()))
-    seen = sorted(share.pixels[i].tobytes() for share in shares.values() for i in range(len(share.labels)))
-    assert seen == sorted(pixels.tobytes() for pixels in train.pixels)
+    assert len(train.y) + len(test.y) == 1797
+    clients = scaffold.problem.clients
+    assert [set(client.y) for client in clients] == [{i, (i + 1) % 10} for i in range(10)]
+    seen = sorted(x.tobytes() for client in clients for x in client.x)
+    assert seen == sorted(x.tobytes() for x in train.x)
 
 
 def test_batches_of_an_epoch_differ_cover_it_and_depend_on_the_step_alone(images):
     few = images[0].take(slice(0, 12))
     epoch = [few.batch(step, 4) for step in range(3, 6)]
-    pixels = np.concatenate([batch.pixels for batch in epoch])
-    assert sorted(row.tobytes() for row in pixels) == sorted(row.tobytes() for row in few.pixels)
-    assert np.array_equal(few.batch(4, 4).pixels, epoch[1].pixels)
-    assert not np.array_equal(few.batch(1, 4).pixels, epoch[1].pixels)
+    pixels = np.concatenate([batch.x for batch in epoch])
+    assert sorted(row.tobytes() for row in pixels) == sorted(row.tobytes() for row in few.x)
+    assert np.array_equal(few.batch(4, 4).x, epoch[1].x)
+    assert not np.array_equal(few.batch(1, 4).x, epoch[1].x)
 
 
-def test_server_of_scaffold_learns_from_messages_that_are_text(images):
-    config = training.read_config("federated.toml")["SCAFFOLD"]
-    weights = new_weights()
-    server = Server(json.dumps(config["server"]), weights)
-    share = digits.two_digits_each(images[0])["client-3"]
-    client = Client(json.dumps(config["client"]), share, seed=1)
+def test_the_experiments_of_the_demo_differ_in_their_optimizers_only():
+    fedavg, *others = (Experiment.read(FOLDER / file).get_config() for file in ALGORITHMS.values())
+    for other in others:
+        keys = {key for key, _, _ in differences(fedavg, other)}
+        assert keys
+        assert keys <= {"client.regularizers", "client.modules", "server.modules"}
+
+
+def test_server_of_scaffold_learns_from_messages_that_are_text(scaffold):
+    experiment, weights = scaffold.experiment, scaffold.init().params
+    server = Server(json.dumps(experiment.server.get_config()), weights)
+    client = Client(json.dumps(experiment.client.get_config()), scaffold.problem.clients[3], 20, seed=1)
     before = json.loads(server.message())
     reply = client.train(weights, server.message())
     assert all(isinstance(message, str) for message in (server.message(), reply[1]))
@@ -98,3 +116,8 @@ def test_server_of_scaffold_learns_from_messages_that_are_text(images):
     assert json.loads(server.message()) != before
     # With a learning rate of 1, the server takes the mean of the clients' weights.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), server.weights, reply[0])
+
+
+def test_a_message_that_is_lost_takes_the_peers_away_from_the_simulation(scaffold, monkeypatch):
+    monkeypatch.setattr(Server, "message", lambda self: "{}")
+    assert exchange(scaffold, rounds=2).distance > 1e-3

@@ -48,8 +48,8 @@ def test_order_is_regularizers_modules_rate_and_decay():
     )
     params, gradient = jnp.array([-1.0, 2.0]), jnp.array([5.0, 1.0])
     # g + 2 w + 3 sign(w) = (0, 8), clipped to (0, 2); then the velocity, (0, 2) and (0, 3).
-    np.testing.assert_allclose(optimizer.run(gradient, params), [0.25, -(0.5 * 2 + 0.25 * 2)])
-    np.testing.assert_allclose(optimizer.run(gradient, params), [0.25, -(0.5 * 3 + 0.25 * 2)])
+    np.testing.assert_allclose(optimizer.run(gradient, params=params), [0.25, -(0.5 * 2 + 0.25 * 2)])
+    np.testing.assert_allclose(optimizer.run(gradient, params=params), [0.25, -(0.5 * 3 + 0.25 * 2)])
 
 
 def test_order_of_the_modules_is_that_of_the_list():
@@ -80,7 +80,7 @@ def test_parameters_are_asked_for_where_they_are_needed(config, message):
     optimizer = fo.Optimizer.from_config({"lrate": 0.1} | config)
     with pytest.raises(ValueError, match=message):
         optimizer.update(PARAMS, optimizer.init(PARAMS))
-    assert jax.tree.structure(optimizer.run(PARAMS, PARAMS)) == jax.tree.structure(PARAMS)
+    assert jax.tree.structure(optimizer.run(PARAMS, params=PARAMS)) == jax.tree.structure(PARAMS)
 
 
 def test_parameters_may_be_left_out_where_nothing_needs_them():
@@ -258,7 +258,7 @@ def test_message_for_nobody_is_a_key_error():
 
 def test_extra_arguments_reach_the_bricks():
     optimizer = fo.Optimizer(1.0, modules=[("optax", {"transform": "contrib.reduce_on_plateau"})])
-    assert_close(optimizer.run(PARAMS, PARAMS, value=jnp.ones(())), jax.tree.map(jnp.negative, PARAMS))
+    assert_close(optimizer.run(PARAMS, params=PARAMS, value=jnp.ones(())), jax.tree.map(jnp.negative, PARAMS))
     chained = optax.chain(optax.identity(), optimizer.to_optax())
     updates, _ = chained.update(PARAMS, chained.init(PARAMS), PARAMS, value=jnp.ones(()))
     assert_close(updates, jax.tree.map(jnp.negative, PARAMS))

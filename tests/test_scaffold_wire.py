@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import functional_optimodules as fo
-from functional_optimodules.core.paths import leaf_paths
+from functional_optimodules.wire.paths import leaf_paths
 
 LRATE, SERVER_LRATE = 0.1, 0.8
 SIZE = 6

@@ -1,7 +1,8 @@
 """The library at work on real images, from one command: `functional-optimodules demo`.
 
-`training` trains in Flax, `federated` between clients; here is the story that
-is told of both, and the promises that are checked.
+`training` trains in Flax. The TOML files beside it are experiments, which
+`functional-optimodules run` takes too, and `peers` plays some of their rounds by
+messages. Here is the story that is told of them, and the promises that are checked.
 """
 
 import sys
@@ -13,15 +14,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from functional_optimodules.demo import digits
-from functional_optimodules.demo.federated import LOCAL_EPOCHS, PARTICIPANTS, Curve, run_federated
+from functional_optimodules.demo.peers import exchange
 from functional_optimodules.demo.plot import draw
-from functional_optimodules.demo.training import read_config, run_linen, run_nnx
+from functional_optimodules.demo.training import run_linen, run_nnx
+from functional_optimodules.experiments.config import Experiment
+from functional_optimodules.experiments.data import Examples, digits
+from functional_optimodules.experiments.run import Simulation
 
+ALGORITHMS = {"FedAvg": "fedavg.toml", "FedProx": "fedprox.toml", "SCAFFOLD": "scaffold.toml"}
 FLAX_ACCURACY = 0.97
 SCAFFOLD_ACCURACY = 0.96
 SCAFFOLD_LEAD = 0.05
 LAST_ROUNDS = 10
+EXCHANGE_TOLERANCE = 1e-4
 
 
 class Promise(NamedTuple):
@@ -36,28 +41,28 @@ class Promise(NamedTuple):
     kept: bool
 
 
-def run_demo(output: Path, *, steps: int = 440, rounds: int = 40) -> list[Promise]:
+def run_demo(output: Path, *, steps: int = 440, rounds: int | None = None) -> list[Promise]:
     """Run the demo and tell about it.
 
     Args:
       output: the folder, which exists, for the files that are written.
       steps: of each Flax training.
-      rounds: of each federated algorithm.
+      rounds: of each federated algorithm; those of its file if `None`.
 
     Returns:
       What was promised, and whether it was kept.
     """
     start = time.perf_counter()
-    train, test = digits.load()
-    _say(f"The data: {len(train.labels):,} images of handwritten digits to train on, {len(test.labels)} to test on.")
-    promises = [*_flax(train, test, steps, output), *_federated(train, test, rounds, output)]
+    train, test = digits()
+    _say(f"The data: {len(train.y):,} images of handwritten digits to train on, {len(test.y)} to test on.")
+    promises = [*_flax(train, test, steps, output), *_federated(rounds, output)]
     print(f"\nWhat was promised ({time.perf_counter() - start:.0f} s in all)")
     for promise in promises:
         print(f"  {'kept  ' if promise.kept else 'BROKEN'}  {promise.what}")
     return promises
 
 
-def _flax(train: digits.Images, test: digits.Images, steps: int, output: Path) -> list[Promise]:
+def _flax(train: Examples, test: Examples, steps: int, output: Path) -> list[Promise]:
     _say(
         "\n1. In Flax",
         f"""An optimizer is read from `optimizer.toml`: clip the gradients, adapt them by Adam, scale them by a rate
@@ -84,27 +89,34 @@ def _flax(train: digits.Images, test: digits.Images, steps: int, output: Path) -
     ]
 
 
-def _federated(train: digits.Images, test: digits.Images, rounds: int, output: Path) -> list[Promise]:
-    shares = digits.two_digits_each(train)
+def _federated(rounds: int | None, output: Path) -> list[Promise]:
+    folder = Path(__file__).parent
+    simulations = {
+        algorithm: Simulation.of(Experiment.read(folder / file), folder) for algorithm, file in ALGORITHMS.items()
+    }
+    shares, setting = simulations["SCAFFOLD"].problem.clients, simulations["SCAFFOLD"].experiment.rounds
+    rounds = setting.count if rounds is None else rounds
     _say(
         "\n2. Between clients",
         f"""The images are dealt to {len(shares)} clients, of whom each sees two digits only. In each of {rounds}
-        rounds, {PARTICIPANTS} of them train on their own for {LOCAL_EPOCHS} epochs, and a server averages. Meanwhile
-        each client drifts away, towards a model of its own two digits: this is what SCAFFOLD corrects. The three
-        algorithms differ in `federated.toml` only; what their optimizers tell each other is JSON text.""",
+        rounds, {setting.participants} of them train on their own for {setting.epochs} epochs, and a server averages.
+        Meanwhile each client drifts away, towards a model of its own two digits: this is what SCAFFOLD corrects. The
+        three experiments, {", ".join(f"`{file}`" for file in ALGORITHMS.values())}, differ in their optimizers only.
+        Each is simulated as one compiled program, and some of its rounds once more between a server and clients that
+        share nothing: what their optimizers tell each other there is JSON text.""",
     )
-    curves = {
-        algorithm: run_federated(algorithm, config, shares, test, rounds)
-        for algorithm, config in read_config("federated.toml").items()
-    }
+    curves = {name: each.fit(each.init(), rounds)["accuracy"].tolist() for name, each in simulations.items()}
     path = output / "federated.png"
-    draw(path, shares, {algorithm: curve.accuracies for algorithm, curve in curves.items()}, PARTICIPANTS)
+    draw(path, shares, curves, setting.participants or len(shares))
     print(f"\nTest accuracy after each round\n\n{_table(curves)}\n")
-    for algorithm, curve in curves.items():
-        said = f"{curve.message_bytes / 1000:,.0f} kB of JSON" if curve.message_bytes else "nothing"
-        level = f"{_level(curve):.1%} over the last {LAST_ROUNDS} rounds"
+    exchanges = {algorithm: exchange(simulation) for algorithm, simulation in simulations.items()}
+    for algorithm, accuracies in curves.items():
+        bytes_ = exchanges[algorithm].message_bytes
+        said = f"{bytes_ / 1000:,.0f} kB of JSON" if bytes_ else "nothing"
+        level = f"{_level(accuracies):.1%} over the last {LAST_ROUNDS} rounds"
         print(f"  {algorithm:9} {level}. Beside weights, each client sends {said}.")
     print(f"\nThe curves are drawn in {path}")
+    farthest = max(each.distance for each in exchanges.values())
     scaffold, best_other = _level(curves["SCAFFOLD"]), max(_level(curves["FedAvg"]), _level(curves["FedProx"]))
     lead = scaffold - best_other
     return [
@@ -116,6 +128,11 @@ def _federated(train: digits.Images, test: digits.Images, rounds: int, output: P
             f"SCAFFOLD leads the others by {100 * lead:.1f} points, at least {100 * SCAFFOLD_LEAD:.0f}",
             lead >= SCAFFOLD_LEAD,
         ),
+        Promise(
+            f"peers who exchange text have the simulation's weights: {farthest:.0e} apart, at most "
+            f"{EXCHANGE_TOLERANCE:.0e}",
+            farthest <= EXCHANGE_TOLERANCE,
+        ),
     ]
 
 
@@ -126,17 +143,15 @@ def _say(*paragraphs: str) -> None:
     sys.stdout.flush()
 
 
-def _level(curve: Curve) -> float:
-    return float(np.mean(curve.accuracies[-LAST_ROUNDS:]))
+def _level(accuracies: list[float]) -> float:
+    return float(np.mean(accuracies[-LAST_ROUNDS:]))
 
 
-def _table(curves: Mapping[str, Curve]) -> str:
+def _table(curves: Mapping[str, list[float]]) -> str:
     """Write a line per round, in two blocks side by side."""
     header = "".join(f"{name:>9}" for name in ("round", *curves))
-    accuracies = zip(*(curve.accuracies for curve in curves.values()), strict=True)
-    lines = [
-        f"{round_:>9}" + "".join(f"{value:>9.1%}" for value in values) for round_, values in enumerate(accuracies, 1)
-    ]
+    rows_ = enumerate(zip(*curves.values(), strict=True))
+    lines = [f"{round_:>9}" + "".join(f"{value:>9.1%}" for value in values) for round_, values in rows_]
     half = -(-len(lines) // 2)
     lines += [""] * (2 * half - len(lines))
     rows = zip([header, *lines[:half]], [header, *lines[half:]], strict=True)

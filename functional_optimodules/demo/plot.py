@@ -1,21 +1,24 @@
 """The picture of the federated runs: what the clients have, and what comes of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from functional_optimodules.demo.digits import Images
+from functional_optimodules.experiments.data import Examples
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73")  # told apart by colour-blind readers too
 GREY = "#555555"
 
 
-def draw(path: Path, shares: Mapping[str, Images], curves: Mapping[str, list[float]], participants: int) -> None:
+def draw(path: Path, shares: Sequence[Examples], curves: Mapping[str, Sequence[float]], participants: int) -> None:
     """Write a picture of the clients' labels and of the accuracy of each algorithm by round."""
     figure = Figure(figsize=(11, 4.8), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
     FigureCanvasAgg(figure)
@@ -25,8 +28,8 @@ def draw(path: Path, shares: Mapping[str, Images], curves: Mapping[str, list[flo
     figure.savefig(path)
 
 
-def _draw_labels(axes: Any, shares: Mapping[str, Images]) -> None:
-    counts = np.array([np.bincount(images.labels, minlength=10) for images in shares.values()])
+def _draw_labels(axes: "Axes", shares: Sequence[Examples]) -> None:
+    counts = np.array([np.bincount(images.y, minlength=10) for images in shares])
     axes.imshow(counts, cmap="Blues", vmin=0, vmax=1.3 * counts.max(), aspect="auto")
     for (client, digit), count in np.ndenumerate(counts):
         if count:
@@ -40,15 +43,14 @@ def _draw_labels(axes: Any, shares: Mapping[str, Images]) -> None:
     axes.spines[:].set_color("#cccccc")
 
 
-def _draw_curves(axes: Any, curves: Mapping[str, list[float]], subtitle: str) -> None:
+def _draw_curves(axes: "Axes", curves: Mapping[str, Sequence[float]], subtitle: str) -> None:
     for (algorithm, accuracies), colour in zip(curves.items(), COLOURS, strict=False):
-        rounds = range(1, len(accuracies) + 1)
-        axes.plot(rounds, accuracies, color=colour, linewidth=2, label=algorithm)
+        axes.plot(accuracies, color=colour, linewidth=2, label=algorithm)
     axes.set_title("Accuracy on digits from everyone", loc="left", fontweight="bold")
     axes.set_title(subtitle, loc="right", fontsize=9, color=GREY)
     axes.set_xlabel("round")
     axes.set_ylabel("test accuracy")
-    axes.set_xlim(1, max(map(len, curves.values())))
+    axes.set_xlim(0, max(map(len, curves.values())) - 1)
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(axis="y", color="#e5e5e5")

@@ -7,37 +7,27 @@ JSON and resumes from it; in linen with the same optimizer as the `tx` of a
 
 import json
 import tomllib
-from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen, nnx
 from flax.training.train_state import TrainState
 from tqdm import tqdm
 
 from functional_optimodules import Optimizer
-from functional_optimodules.demo.digits import Images
+from functional_optimodules.experiments.data import Examples
+from functional_optimodules.experiments.model import accuracy, cross_entropy
+from functional_optimodules.types import Json, PyTree
 
 BATCH_SIZE = 64
 
 
-def read_config(name: str) -> dict[str, Any]:
-    """Read a configuration that ships with the demo."""
-    return tomllib.loads(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return the mean loss of a batch."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-def accuracy(logits: jax.Array, labels: jax.Array) -> float:
-    """Return the share of images that are recognized."""
-    return float((logits.argmax(-1) == labels).mean())
+def read_config() -> dict[str, Json]:
+    """Read the optimizer's configuration, which ships with the demo."""
+    return tomllib.loads(Path(__file__).with_name("optimizer.toml").read_text(encoding="utf-8"))
 
 
 class NnxNetwork(nnx.Module):
@@ -53,12 +43,12 @@ class NnxNetwork(nnx.Module):
 
 
 @nnx.jit
-def nnx_gradients(model: NnxNetwork, batch: Images) -> Any:
+def nnx_gradients(model: NnxNetwork, batch: Examples) -> PyTree:
     """Return the gradient of the loss with respect to the model's parameters."""
-    return nnx.grad(lambda model: cross_entropy(model(batch.pixels), batch.labels))(model)
+    return nnx.grad(lambda model: cross_entropy(model(batch.x), batch.y).mean())(model)
 
 
-def train_nnx(model: NnxNetwork, optimizer: Optimizer, images: Images, steps: range, what: str) -> None:
+def train_nnx(model: NnxNetwork, optimizer: Optimizer, images: Examples, steps: range, what: str) -> None:
     """Train a model in place. The optimizer's compiled step keeps its own state."""
     for step in tqdm(steps, desc=what, unit=" steps"):
         gradients = nnx_gradients(model, images.batch(step, BATCH_SIZE))
@@ -98,9 +88,9 @@ class NnxResult(NamedTuple):
     identical: bool
 
 
-def run_nnx(train: Images, test: Images, steps: int, folder: Path) -> NnxResult:
+def run_nnx(train: Examples, test: Examples, steps: int, folder: Path) -> NnxResult:
     """Train, save half-way, train on; then resume from the files and compare the ends."""
-    optimizer = Optimizer.from_config(read_config("optimizer.toml"))
+    optimizer = Optimizer.from_config(read_config())
     model = NnxNetwork(nnx.Rngs(0))
     train_nnx(model, optimizer, train, range(steps // 2), "nnx, first half")
     files = save(folder, model, optimizer)
@@ -111,10 +101,10 @@ def run_nnx(train: Images, test: Images, steps: int, folder: Path) -> NnxResult:
     identical = (
         same_bits(nnx.state(model), nnx.state(resumed)) and optimizer.get_state() == resumed_optimizer.get_state()
     )
-    return NnxResult(accuracy(model(jnp.asarray(test.pixels)), test.labels), files, identical)
+    return NnxResult(float(accuracy(model(jnp.asarray(test.x)), test.y)), files, identical)
 
 
-def same_bits(one: Any, other: Any) -> bool:
+def same_bits(one: PyTree, other: PyTree) -> bool:
     """Whether two trees hold the same arrays, bit by bit."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
@@ -130,21 +120,21 @@ class LinenNetwork(linen.Module):
 
 
 @jax.jit
-def linen_step(state: TrainState, batch: Images) -> TrainState:
+def linen_step(state: TrainState, batch: Examples) -> TrainState:
     """Take a step: the gradient and the optimizer in one compiled program."""
 
-    def loss(params: Any) -> jax.Array:
-        return cross_entropy(state.apply_fn({"params": params}, batch.pixels), batch.labels)
+    def loss(params: PyTree) -> jax.Array:
+        return cross_entropy(state.apply_fn({"params": params}, batch.x), batch.y).mean()
 
     return state.apply_gradients(grads=jax.grad(loss)(state.params))
 
 
-def run_linen(train: Images, test: Images, steps: int) -> float:
+def run_linen(train: Examples, test: Examples, steps: int) -> float:
     """Train with a `TrainState`, and return the accuracy."""
     network = LinenNetwork()
     params = network.init(jax.random.key(0), jnp.zeros((1, 64)))["params"]
-    optimizer = Optimizer.from_config(read_config("optimizer.toml"))
+    optimizer = Optimizer.from_config(read_config())
     state = TrainState.create(apply_fn=network.apply, params=params, tx=optimizer)
     for step in tqdm(range(steps), desc="linen", unit=" steps"):
         state = linen_step(state, train.batch(step, BATCH_SIZE))
-    return accuracy(network.apply({"params": state.params}, test.pixels), test.labels)  # type: ignore[arg-type]
+    return float(accuracy(network.apply({"params": state.params}, test.x), test.y))  # type: ignore[arg-type]

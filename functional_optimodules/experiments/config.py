@@ -4,55 +4,72 @@ import dataclasses
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import ClassVar, Literal, Self
 
-from functional_optimodules.core.fields import Interval, Mismatch, coerce, describe, nearest
+from functional_optimodules.config.fields import Configured, field_types, hyperparameter
+from functional_optimodules.federated.options import Execution, OnNonfinite, Weighting
 from functional_optimodules.optimizer import Optimizer
-
-
-def _within(text: str) -> Any:
-    return {"within": Interval(text)}
+from functional_optimodules.types import Json
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Configured):
     """The table `[data]`.
 
     Attributes:
       source: `"digits"`, scikit-learn's 1,797 images, or `"npz"`, a NumPy archive
         with `x_train`, `y_train`, `x_test` and `y_test`.
-      path: the archive.
+      path: the archive, from the folder of the experiment's file.
       split: how examples are dealt out to clients: `"iid"`, `"dirichlet"` (label
         skew by `alpha`), `"sorted"` (by label, but for a share `similarity` dealt
-        out at random) or `"id"` (by the archive's array `by`).
+        out at random), `"labels"` (client i has the labels i, i + 1, ..., of which
+        it shares each with the others who have it) or `"id"` (by the archive's
+        array `by`).
       num_clients: the number of clients; with `"id"` it follows from the data.
-      alpha: concentration of the Dirichlet distribution, > 0.
-      similarity: share of examples that are dealt out at random, in [0, 1].
+      alpha: concentration of the Dirichlet distribution.
+      similarity: share of examples that are dealt out at random.
+      labels: how many labels a client has.
       by: name of the archive's array of each training example's client.
     """
 
+    _owner: ClassVar[str] = "[data]"
     source: Literal["digits", "npz"] = "digits"
     path: str | None = None
-    split: Literal["iid", "dirichlet", "sorted", "id"] = "iid"
-    num_clients: int = dataclasses.field(default=10, metadata=_within("[1, inf)"))
-    alpha: float = dataclasses.field(default=0.5, metadata=_within("(0, inf)"))
-    similarity: float = dataclasses.field(default=0.0, metadata=_within("[0, 1]"))
+    split: Literal["iid", "dirichlet", "sorted", "labels", "id"] = "iid"
+    num_clients: int = hyperparameter(default=10, within="[1, inf)")
+    alpha: float = hyperparameter(default=0.5, within="(0, inf)")
+    similarity: float = hyperparameter(default=0.0, within="[0, 1]")
+    labels: int = hyperparameter(default=2, within="[1, inf)")
     by: str | None = None
+
+    def validate(self) -> None:
+        """Check that what the source and the split need is there.
+
+        Raises:
+          KeyError: if it is not.
+        """
+        if self.source == "npz" and self.path is None:
+            raise KeyError("[data]: source='npz' needs a 'path'")
+        if self.split == "id" and (self.by is None or self.source != "npz"):
+            raise KeyError(
+                "[data]: split='id' needs source='npz' and 'by', the archive's array of each example's client"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Configured):
     """The table `[model]`.
 
     Attributes:
       hidden: widths of the hidden layers; none is multinomial logistic regression.
     """
 
+    _owner: ClassVar[str] = "[model]"
     hidden: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class RoundsConfig:
+class RoundsConfig(Configured):
     """The table `[rounds]`.
 
     Attributes:
@@ -66,18 +83,19 @@ class RoundsConfig:
       save_every: rounds between two saved states.
     """
 
-    count: int = dataclasses.field(metadata=_within("[1, inf)"))
-    participants: int | None = dataclasses.field(default=None, metadata=_within("[1, inf)"))
-    batch_size: int | None = dataclasses.field(default=None, metadata=_within("[1, inf)"))
-    epochs: int = dataclasses.field(default=1, metadata=_within("[1, inf)"))
-    weighting: Literal["uniform", "examples"] = "uniform"
-    mapping: int | Literal["scan", "vmap", "mesh"] | None = None
-    on_nonfinite: Literal["error", "skip"] = "error"
-    save_every: int = dataclasses.field(default=10, metadata=_within("[1, inf)"))
+    _owner: ClassVar[str] = "[rounds]"
+    count: int = hyperparameter(within="[1, inf)")
+    participants: int | None = hyperparameter(default=None, within="[1, inf)")
+    batch_size: int | None = hyperparameter(default=None, within="[1, inf)")
+    epochs: int = hyperparameter(default=1, within="[1, inf)")
+    weighting: Weighting = "uniform"
+    mapping: Execution | Literal["mesh"] = None
+    on_nonfinite: OnNonfinite = "error"
+    save_every: int = hyperparameter(default=10, within="[1, inf)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class Experiment(Configured):
     """A whole experiment.
 
     Attributes:
@@ -89,12 +107,13 @@ class Experiment:
       seed: where the split, the initial parameters and all draws come from.
     """
 
+    _owner: ClassVar[str] = "the experiment"
     rounds: RoundsConfig
-    client: Mapping[str, Any]
-    server: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"lrate": 1.0})
+    client: Optimizer
+    server: Optimizer = dataclasses.field(default_factory=lambda: Optimizer(1.0))
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
-    seed: int = dataclasses.field(default=0, metadata=_within("[0, 4294967295]"))
+    seed: int = hyperparameter(default=0, within="[0, 4294967295]")
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -104,7 +123,7 @@ class Experiment:
           FileNotFoundError: if there is none.
           KeyError: if a key is missing or unknown.
           TypeError: if a value has a wrong type.
-          ValueError: if it is no TOML, or a value is out of its range.
+          ValueError: if it is no TOML, a value is out of its range, or values do not go together.
         """
         try:
             config = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -113,48 +132,16 @@ class Experiment:
         return cls.from_config(config)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
+    def from_config(cls, config: Mapping[str, Json]) -> Self:
         """Build an experiment from the values of its file. Raises as `read` does."""
-        config = dict(config)
-        for name, table in (("rounds", RoundsConfig), ("data", DataConfig), ("model", ModelConfig)):
-            if name in config:
-                config[name] = _build(table, config[name], f"[{name}]")
-        experiment = _build(cls, config, "the experiment")
-        for name in ("client", "server"):
-            Optimizer.from_config(getattr(experiment, name))
-        if experiment.data.source == "npz" and experiment.data.path is None:
-            raise KeyError("[data]: source='npz' needs a 'path'")
-        if experiment.data.split == "id" and experiment.data.by is None:
-            raise KeyError("[data]: split='id' needs 'by', the archive's array of each example's client")
-        return experiment
+        tables = {name: table.from_config(config[name]) for name, table in _TABLES.items() if name in config}
+        return super().from_config({**config, **tables})
 
-    def to_json(self) -> dict[str, Any]:
+    def get_config(self) -> dict[str, Json]:
         """Return the experiment as JSON values, as it is saved beside its results."""
-        config = {**vars(self), **{name: vars(getattr(self, name)) for name in ("rounds", "data", "model")}}
-        for name in ("client", "server"):
-            config[name] = Optimizer.from_config(getattr(self, name)).get_config()
-        config["model"] = {"hidden": list(self.model.hidden)}
-        return config
+        return {"seed": self.seed, **{name: getattr(self, name).get_config() for name in _TABLES}}
 
 
-def _build(cls: Any, config: Any, where: str) -> Any:
-    if not isinstance(config, Mapping):
-        raise TypeError(f"{where} should be a table, not {config!r}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in config:
-        if key not in fields:
-            raise KeyError(f"{where} has an unknown key {key!r}: {nearest(key, fields)}")
-    values = {}
-    for name, field in fields.items():
-        if name not in config:
-            if field.default is field.default_factory is dataclasses.MISSING:
-                raise KeyError(f"{where} lacks {name!r}")
-            continue
-        try:
-            values[name] = value = coerce(config[name], field.type)
-        except Mismatch:
-            raise TypeError(f"{where}: {name}={config[name]!r} should be of type {describe(field.type)}") from None
-        within = field.metadata.get("within")
-        if within is not None and value is not None and value not in within:
-            raise ValueError(f"{where}: {name}={value!r} should be in {within.text}")
-    return cls(**values)
+_TABLES: dict[str, type[Configured]] = {
+    name: kind for name, kind in field_types(Experiment).items() if issubclass(kind, Configured)
+}

@@ -1,21 +1,24 @@
 """What an experiment leaves in its folder: state, history and curves.
 
 state.json     the experiment, the last saved round, the history, the state
-history.csv    one line a round
+history.csv    one line a round; the first round is 0
 history.json   the same
-curves.png     loss and accuracy over rounds
+curves.png     loss and accuracy over rounds, where matplotlib is
 """
 
 import csv
 import json
 import os
 from pathlib import Path
-from typing import Any
 
-History = dict[str, list[float]]
+from functional_optimodules.config.fields import differences
+from functional_optimodules.types import Json
+
+Curves = dict[str, list[float]]
+"""A value a round, by name, as the files have them."""
 
 
-def write_state(folder: Path, config: dict[str, Any], history: History, payload: dict[str, Any]) -> None:
+def write_state(folder: Path, config: dict[str, Json], history: Curves, payload: dict[str, Json]) -> None:
     """Save a state, all at once: a run that is cut off leaves the last one whole.
 
     Args:
@@ -27,7 +30,7 @@ def write_state(folder: Path, config: dict[str, Any], history: History, payload:
     _replace(folder / "state.json", json.dumps({"experiment": config, "history": history, "state": payload}))
 
 
-def read_state(folder: Path, config: dict[str, Any]) -> tuple[History, Any]:
+def read_state(folder: Path, config: dict[str, Json]) -> tuple[Curves, Json]:
     """Read the history of the same experiment, and its state as `Federation.decode` takes it.
 
     The number of rounds, how often to save and the mapping may have changed.
@@ -41,13 +44,13 @@ def read_state(folder: Path, config: dict[str, Any]) -> tuple[History, Any]:
         saved, history, payload = content["experiment"], content["history"], content["state"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no saved state: {error!r}") from None
-    for key, was, now in _differences(saved, config):
+    for key, was, now in differences(saved, config):
         if key not in ("rounds.count", "rounds.save_every", "rounds.mapping"):
             raise ValueError(f"{path} is of another experiment: {key} was {was!r}, and is {now!r} here")
     return history, payload
 
 
-def write_history(folder: Path, history: History) -> None:
+def write_history(folder: Path, history: Curves) -> None:
     """Write the history as CSV and as JSON."""
     _replace(folder / "history.json", json.dumps(history, indent=1))
     with (folder / "history.csv").open("w", newline="", encoding="utf-8") as file:
@@ -56,7 +59,7 @@ def write_history(folder: Path, history: History) -> None:
         writer.writerows(zip(*history.values(), strict=True))
 
 
-def draw(folder: Path, history: History, title: str) -> Path:
+def draw(folder: Path, history: Curves, title: str) -> Path:
     """Draw loss and accuracy over rounds, and return the picture's path."""
     from matplotlib.figure import Figure
 
@@ -76,13 +79,3 @@ def _replace(path: Path, text: str) -> None:
     draft = path.with_suffix(".partial")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
-
-
-def _differences(was: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(was, dict) and isinstance(now, dict):
-        return [
-            difference
-            for name in sorted(was.keys() | now.keys())
-            for difference in _differences(was.get(name), now.get(name), f"{key}.{name}".lstrip("."))
-        ]
-    return [] if was == now else [(key, was, now)]

@@ -11,24 +11,27 @@ Moments are kept in at least float32. A gradient of zero stays zero, and so does
 its derivative.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from functional_optimodules.core.brick import OptiModule
-from functional_optimodules.core.fields import hyperparameter
-from functional_optimodules.core.numerics import abs_sq, cast_like, one_minus_power, safe_sqrt, wide, zeros_wide
+from functional_optimodules.aux_var import Params
+from functional_optimodules.brick import OptiModule
+from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.modules.momentum import ewma, yogi_average
+from functional_optimodules.numerics import abs_sq, cast_like, one_minus_power, safe_sqrt, wide, zeros_wide
+from functional_optimodules.types import PyTree, Updates
 
 
-def squares(updates: Any) -> Any:
+def squares(updates: Updates) -> PyTree:
     """Return the squared moduli of a tree, in at least float32."""
     return jax.tree.map(lambda g: abs_sq(wide(g)), updates)
 
 
-def divide_by_root(numerators: Any, moments: Any, eps: Any, like: Any) -> Any:
+def divide_by_root(numerators: PyTree, moments: PyTree, eps: ArrayLike, like: PyTree) -> PyTree:
     """Return `numerators / (sqrt(moments) + eps)`, in the dtypes of another tree."""
     ratios = jax.tree.map(lambda m, v: wide(m) / (safe_sqrt(v) + eps), numerators, moments)
     return cast_like(ratios, like)
@@ -41,10 +44,10 @@ class AdaGradState(NamedTuple):
       total: sum of squared gradients, shaped like the parameters, in at least float32.
     """
 
-    total: Any
+    total: PyTree
 
 
-class AdaGradModule(OptiModule):
+class AdaGradModule(OptiModule[AdaGradState]):
     """g / (√Σg² + ε) (Duchi et al. 2011).
 
         Init(eps):
@@ -67,12 +70,12 @@ class AdaGradModule(OptiModule):
     eps: float = hyperparameter(default=1e-7, within="(0, inf)")
     round_reset: bool = False
 
-    def init(self, params: Any) -> AdaGradState:
+    def init(self, params: Params) -> AdaGradState:
         return AdaGradState(total=zeros_wide(params, real=True))
 
     def update(
-        self, updates: Any, state: AdaGradState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, AdaGradState]:
+        self, updates: Updates, state: AdaGradState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, AdaGradState]:
         total = jax.tree.map(jnp.add, state.total, squares(updates))
         return divide_by_root(updates, total, self.eps, updates), AdaGradState(total)
 
@@ -84,10 +87,10 @@ class RMSPropState(NamedTuple):
       second: average of squared gradients, shaped like the parameters, in at least float32.
     """
 
-    second: Any
+    second: PyTree
 
 
-class RMSPropModule(OptiModule):
+class RMSPropModule(OptiModule[RMSPropState]):
     """g / (√v + ε), v an average of g² (Tieleman & Hinton 2012).
 
         Init(beta, eps):
@@ -111,12 +114,12 @@ class RMSPropModule(OptiModule):
     eps: float = hyperparameter(default=1e-7, within="(0, inf)")
     round_reset: bool = False
 
-    def init(self, params: Any) -> RMSPropState:
+    def init(self, params: Params) -> RMSPropState:
         return RMSPropState(second=zeros_wide(params, real=True))
 
     def update(
-        self, updates: Any, state: RMSPropState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, RMSPropState]:
+        self, updates: Updates, state: RMSPropState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, RMSPropState]:
         second = ewma(state.second, squares(updates), self.beta)
         return divide_by_root(updates, second, self.eps, updates), RMSPropState(second)
 
@@ -133,18 +136,20 @@ class AdamState(NamedTuple):
     """
 
     steps: jax.Array
-    first: Any
-    second: Any
-    largest: Any
+    first: PyTree
+    second: PyTree
+    largest: PyTree
 
 
-def init_moments(params: Any, amsgrad: bool) -> AdamState:
+def init_moments(params: Params, amsgrad: bool) -> AdamState:
     """Return the state of Adam before the first step."""
     largest = zeros_wide(params, real=True) if amsgrad else None
     return AdamState(jnp.zeros((), jnp.int32), zeros_wide(params), zeros_wide(params, real=True), largest)
 
 
-def divide_corrected(updates: Any, state: AdamState, beta_1: Any, beta_2: Any, eps: Any) -> tuple[Any, AdamState]:
+def divide_corrected(
+    updates: Updates, state: AdamState, beta_1: ArrayLike, beta_2: ArrayLike, eps: ArrayLike
+) -> tuple[Updates, AdamState]:
     """Return Adam's output, given a state whose moments have already moved."""
     first_scale = 1 / one_minus_power(beta_1, state.steps)
     second_scale = 1 / one_minus_power(beta_2, state.steps)
@@ -156,7 +161,7 @@ def divide_corrected(updates: Any, state: AdamState, beta_1: Any, beta_2: Any, e
     return divide_by_root(first, second, eps, updates), state
 
 
-class AdamModule(OptiModule):
+class AdamModule(OptiModule[AdamState]):
     """m̂ / (√v̂ + ε), bias-corrected (Kingma & Ba 2014; AMSGrad: Reddi et al. 2018).
 
         Init(beta_1, beta_2, eps, amsgrad):
@@ -194,10 +199,12 @@ class AdamModule(OptiModule):
     eps: float = hyperparameter(default=1e-7, within="(0, inf)")
     round_reset: bool = False
 
-    def init(self, params: Any) -> AdamState:
+    def init(self, params: Params) -> AdamState:
         return init_moments(params, self.amsgrad)
 
-    def update(self, updates: Any, state: AdamState, params: Any = None, **extra_args: Any) -> tuple[Any, AdamState]:
+    def update(
+        self, updates: Updates, state: AdamState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, AdamState]:
         moved = state._replace(
             steps=optax.safe_increment(state.steps),
             first=ewma(state.first, jax.tree.map(wide, updates), self.beta_1),
@@ -206,7 +213,7 @@ class AdamModule(OptiModule):
         return divide_corrected(updates, moved, self.beta_1, self.beta_2, self.eps)
 
 
-class YogiModule(OptiModule):
+class YogiModule(OptiModule[AdamState]):
     """Adam with an additive second moment (Zaheer et al. 2018).
 
         Init(beta_1, beta_2, eps, amsgrad):
@@ -235,10 +242,12 @@ class YogiModule(OptiModule):
     eps: float = hyperparameter(default=1e-7, within="(0, inf)")
     round_reset: bool = False
 
-    def init(self, params: Any) -> AdamState:
+    def init(self, params: Params) -> AdamState:
         return init_moments(params, self.amsgrad)
 
-    def update(self, updates: Any, state: AdamState, params: Any = None, **extra_args: Any) -> tuple[Any, AdamState]:
+    def update(
+        self, updates: Updates, state: AdamState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, AdamState]:
         moved = state._replace(
             steps=optax.safe_increment(state.steps),
             first=ewma(state.first, jax.tree.map(wide, updates), self.beta_1),

@@ -9,16 +9,20 @@ Norms are taken in at least float32: a float16 norm overflows at 256 elements of
 256. A gradient of zero stays zero, and so does its derivative.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from functional_optimodules.core.brick import OptiModule
-from functional_optimodules.core.fields import hyperparameter
-from functional_optimodules.core.numerics import abs_sq, safe_sqrt, wide
-from functional_optimodules.core.packed import map_parameters
+from functional_optimodules import xla
+from functional_optimodules.aux_var import Params
+from functional_optimodules.brick import OptiModule
+from functional_optimodules.config.fields import hyperparameter
+from functional_optimodules.numerics import abs_sq, safe_sqrt, wide
+from functional_optimodules.packing.policy import map_parameters
+from functional_optimodules.types import PyTree, Updates
 
 
 def sum_of_squares(gradient: jax.Array) -> jax.Array:
@@ -26,14 +30,14 @@ def sum_of_squares(gradient: jax.Array) -> jax.Array:
     return jnp.sum(abs_sq(wide(gradient)))
 
 
-def shrink(gradient: jax.Array, norm: jax.Array, max_norm: Any) -> jax.Array:
+def shrink(gradient: jax.Array, norm: jax.Array, max_norm: ArrayLike) -> jax.Array:
     """Return a gradient scaled down where a norm is above its bound."""
     above = norm > max_norm
     scale = jnp.where(above, max_norm / jnp.where(above, norm, 1), 1)
     return (wide(gradient) * scale.astype(wide(gradient).real.dtype)).astype(jnp.result_type(gradient))
 
 
-class L2Clipping(OptiModule):
+class L2Clipping(OptiModule[optax.EmptyState]):
     """g · min(1, c / ‖g‖₂), for each parameter on its own.
 
         Init(max_norm):
@@ -53,15 +57,17 @@ class L2Clipping(OptiModule):
     packable: ClassVar[bool] = True
     max_norm: float = hyperparameter(default=1.0, within="[0, inf]")
 
-    def init(self, params: Any) -> optax.EmptyState:
+    def init(self, params: Params) -> optax.EmptyState:
         return optax.EmptyState()
 
-    def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+    def update(
+        self, updates: Updates, state: optax.EmptyState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, optax.EmptyState]:
         clipped = map_parameters(lambda g: shrink(g, safe_sqrt(sum_of_squares(g)), self.max_norm), updates)
         return clipped, state
 
 
-class L2GlobalClipping(OptiModule):
+class L2GlobalClipping(OptiModule[optax.EmptyState]):
     """g · min(1, c / ‖g‖₂), for all parameters together (Pascanu et al. 2013).
 
         Init(max_norm):
@@ -82,11 +88,12 @@ class L2GlobalClipping(OptiModule):
     packable: ClassVar[bool] = True
     max_norm: float = hyperparameter(default=1.0, within="[0, inf]")
 
-    def init(self, params: Any) -> optax.EmptyState:
+    def init(self, params: Params) -> optax.EmptyState:
         return optax.EmptyState()
 
-    def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+    def update(
+        self, updates: Updates, state: optax.EmptyState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, optax.EmptyState]:
         total = sum((sum_of_squares(g) for g in jax.tree.leaves(updates)), jnp.zeros((), jnp.float32))
-        # XLA computes again for each parameter what is cheap, and all that leads up to it: nothing may follow the root.
-        norm = jnp.sqrt(jnp.where(total > 0, total, jnp.finfo(total.dtype).tiny))
+        norm = xla.norm(total)
         return jax.tree.map(lambda g: shrink(g, norm, self.max_norm), updates), state

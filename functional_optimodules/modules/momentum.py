@@ -6,22 +6,25 @@ ewma            average = beta * average + (1 - beta) * g;                      
 yogi-momentum   average = average - (1 - beta) * sign(average - g) * g;         g = average
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from functional_optimodules.core.brick import OptiModule
-from functional_optimodules.core.fields import hyperparameter
-from functional_optimodules.core.numerics import cast_like, wide, zeros_wide
+from functional_optimodules.aux_var import Params
+from functional_optimodules.brick import OptiModule
+from functional_optimodules.config.fields import hyperparameter
+from functional_optimodules.numerics import cast_like, wide, zeros_wide
+from functional_optimodules.types import PyTree, Updates
 
 
-def ewma(average: Any, values: Any, beta: Any) -> Any:
+def ewma(average: PyTree, values: PyTree, beta: ArrayLike) -> PyTree:
     """Return the exponentially weighted moving average of a tree after new values."""
     return jax.tree.map(lambda a, x: beta * a + (1 - beta) * x, average, values)
 
 
-def yogi_average(average: Any, values: Any, beta: Any) -> Any:
+def yogi_average(average: PyTree, values: PyTree, beta: ArrayLike) -> PyTree:
     """Return Yogi's average: it moves by an amount that depends on the values alone."""
     return jax.tree.map(lambda a, x: a - (1 - beta) * jnp.sign(a - x) * x, average, values)
 
@@ -33,10 +36,10 @@ class MomentumState(NamedTuple):
       velocity: shaped like the parameters, in at least float32.
     """
 
-    velocity: Any
+    velocity: PyTree
 
 
-class MomentumModule(OptiModule):
+class MomentumModule(OptiModule[MomentumState]):
     """velocity ← β·velocity + g (Sutskever et al. 2013, as in PyTorch).
 
         Init(beta, nesterov):
@@ -64,12 +67,12 @@ class MomentumModule(OptiModule):
     nesterov: bool = False
     round_reset: bool = False
 
-    def init(self, params: Any) -> MomentumState:
+    def init(self, params: Params) -> MomentumState:
         return MomentumState(velocity=zeros_wide(params))
 
     def update(
-        self, updates: Any, state: MomentumState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, MomentumState]:
+        self, updates: Updates, state: MomentumState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, MomentumState]:
         velocity = jax.tree.map(lambda v, g: self.beta * v + wide(g), state.velocity, updates)
         output = velocity
         if self.nesterov:
@@ -84,10 +87,10 @@ class EWMAState(NamedTuple):
       average: shaped like the parameters, in at least float32.
     """
 
-    average: Any
+    average: PyTree
 
 
-class EWMAModule(OptiModule):
+class EWMAModule(OptiModule[EWMAState]):
     """average ← β·average + (1 − β)·g, without bias correction.
 
         Init(beta):
@@ -106,15 +109,17 @@ class EWMAModule(OptiModule):
     beta: float = hyperparameter(default=0.9, within="[0, 1)")
     round_reset: bool = False
 
-    def init(self, params: Any) -> EWMAState:
+    def init(self, params: Params) -> EWMAState:
         return EWMAState(average=zeros_wide(params))
 
-    def update(self, updates: Any, state: EWMAState, params: Any = None, **extra_args: Any) -> tuple[Any, EWMAState]:
+    def update(
+        self, updates: Updates, state: EWMAState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, EWMAState]:
         average = ewma(state.average, jax.tree.map(wide, updates), self.beta)
         return cast_like(average, updates), EWMAState(average)
 
 
-class YogiMomentumModule(OptiModule):
+class YogiMomentumModule(OptiModule[EWMAState]):
     """average ← average − (1 − β)·sign(average − g)·g (Zaheer et al. 2018).
 
         Init(beta):
@@ -138,9 +143,11 @@ class YogiMomentumModule(OptiModule):
     beta: float = hyperparameter(default=0.9, within="[0, 1)")
     round_reset: bool = False
 
-    def init(self, params: Any) -> EWMAState:
+    def init(self, params: Params) -> EWMAState:
         return EWMAState(average=zeros_wide(params))
 
-    def update(self, updates: Any, state: EWMAState, params: Any = None, **extra_args: Any) -> tuple[Any, EWMAState]:
+    def update(
+        self, updates: Updates, state: EWMAState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, EWMAState]:
         average = yogi_average(state.average, jax.tree.map(wide, updates), self.beta)
         return cast_like(average, updates), EWMAState(average)

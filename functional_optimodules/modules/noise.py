@@ -13,17 +13,19 @@ identity each (`setup(params, identity)`, or the pure `fold_in`), lest they draw
 the same noise.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from functional_optimodules.core.brick import OptiModule
-from functional_optimodules.core.chacha import CHACHA20
-from functional_optimodules.core.entropy import make_key
-from functional_optimodules.core.fields import hyperparameter
-from functional_optimodules.core.numerics import wide
-from functional_optimodules.core.paths import leaf_paths
+from functional_optimodules.aux_var import Params
+from functional_optimodules.brick import OptiModule
+from functional_optimodules.config.fields import hyperparameter
+from functional_optimodules.numerics import wide
+from functional_optimodules.random.chacha import CHACHA20
+from functional_optimodules.random.keys import make_key
+from functional_optimodules.types import PyTree, Updates
+from functional_optimodules.wire.paths import leaf_paths
 
 
 class NoiseState(NamedTuple):
@@ -38,7 +40,7 @@ class NoiseState(NamedTuple):
     steps: jax.Array
 
 
-class GaussianNoiseModule(OptiModule):
+class GaussianNoiseModule(OptiModule[NoiseState]):
     """g + σ·N(0, 1), independent for every element and step (Abadi et al. 2016).
 
         Init(std, safe_mode, seed):
@@ -69,11 +71,13 @@ class GaussianNoiseModule(OptiModule):
     safe_mode: bool = True
     seed: int | None = hyperparameter(default=None, within="[0, 4294967295]")
 
-    def init(self, params: Any) -> NoiseState:
+    def init(self, params: Params) -> NoiseState:
         impl = CHACHA20 if self.safe_mode else None
         return NoiseState(make_key(self.seed, params, type(self).__name__, impl), jnp.zeros((), jnp.int32))
 
-    def update(self, updates: Any, state: NoiseState, params: Any = None, **extra_args: Any) -> tuple[Any, NoiseState]:
+    def update(
+        self, updates: Updates, state: NoiseState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, NoiseState]:
         leaves, treedef = jax.tree.flatten(updates)
         exact = [wide(leaf) for leaf in leaves]
         noise = draw(jax.random.fold_in(state.key, state.steps), exact, leaf_paths(updates))

@@ -9,16 +9,19 @@ Step(grads):
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from functional_optimodules.core.brick import OptiModule
-from functional_optimodules.core.fields import FrozenConfig, hyperparameter, nearest
-from functional_optimodules.core.numerics import cast_like, wide
+from functional_optimodules.aux_var import Params
+from functional_optimodules.brick import OptiModule
+from functional_optimodules.config.fields import FrozenConfig, hyperparameter, nearest
+from functional_optimodules.numerics import cast_like, wide
+from functional_optimodules.types import Json, PyTree, Updates
+from functional_optimodules.wire.paths import leaf_paths
 
 # The sign of what a factory makes follows from whether it takes a `learning_rate`, but for these:
 # the first name theirs otherwise or take none, the last calls its first step size so.
@@ -33,10 +36,10 @@ class OptaxState(NamedTuple):
       inner: the transformation's own state.
     """
 
-    inner: Any
+    inner: PyTree
 
 
-class OptaxModule(OptiModule):
+class OptaxModule(OptiModule[OptaxState]):
     """Any optax transformation, by name and JSON arguments.
 
         Init(transform, config):
@@ -55,7 +58,9 @@ class OptaxModule(OptiModule):
     Attributes:
       transform: the factory's name in optax, such as `"lion"`, `"scale_by_adam"`
         or `"contrib.prodigy"`.
-      config: its keyword arguments, JSON values.
+      config: its keyword arguments, JSON values. A mask of parameters is nested dicts of
+        booleans by key, `{"layer": {"kernel": true, "bias": false}}`, where a boolean
+        stands for all that is below it.
 
     References:
       DeepMind, "optax", https://optax.readthedocs.io.
@@ -82,16 +87,26 @@ class OptaxModule(OptiModule):
     def state_name(self) -> str:
         return f"{self.name} {self.transform}"
 
-    def init(self, params: Any) -> OptaxState:
+    def init(self, params: Params) -> OptaxState:
         with jax.numpy_dtype_promotion("standard"):  # many of optax's own lines need it
             inner = _build(self.transform, self.config)[0].init(jax.tree.map(wide, params))
         return OptaxState(jax.tree.map(jnp.array, inner))
 
-    def update(self, updates: Any, state: OptaxState, params: Any = None, **extra_args: Any) -> tuple[Any, OptaxState]:
+    def update(
+        self, updates: Updates, state: OptaxState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, OptaxState]:
         transform, sign = _build(self.transform, self.config)
         exact = jax.tree.map(wide, (updates, params))
-        with jax.numpy_dtype_promotion("standard"):
-            output, inner = transform.update(exact[0], state.inner, exact[1], **extra_args)
+        try:
+            with jax.numpy_dtype_promotion("standard"):
+                output, inner = transform.update(exact[0], state.inner, exact[1], **extra_args)
+        except ValueError as error:
+            if params is None and "params" in str(error):
+                raise ValueError(
+                    f"OptaxModule: optax.{self.transform} needs the parameters: pass `params` to `update`, or as the "
+                    "second argument of `run(gradients, params)`"
+                ) from error
+            raise
         output = cast_like(output, updates)
         return (output if sign == 1 else jax.tree.map(jnp.negative, output)), OptaxState(inner)
 
@@ -104,12 +119,14 @@ def _build(name: str, config: Any) -> tuple[optax.GradientTransformationExtraArg
     parameters, made = signature.parameters, signature.return_annotation
     if made is not inspect.Signature.empty and "GradientTransformation" not in str(made):
         raise ValueError(f"OptaxModule: optax.{name} makes no gradient transformation: it returns {made}")
-    for key, value in arguments.items():
+    for key, value in config.items():
         if key not in parameters:
             raise ValueError(f"OptaxModule: optax.{name} takes no argument {key!r}: {nearest(key, parameters)}")
         # optax itself would only stumble over it in the middle of a step
         if isinstance(parameters[key].default, int | float) and isinstance(value, str | list | dict):
             raise ValueError(f"OptaxModule: optax.{name} takes a number for {key!r}, not {value!r}")
+        if key.endswith("mask") and isinstance(value, Mapping):
+            arguments[key] = _mask_by_path(value, f"OptaxModule: {key} of optax.{name}")
     descends = name in _DOWNHILL
     if "learning_rate" in parameters:
         arguments.setdefault("learning_rate", 1.0)
@@ -123,12 +140,47 @@ def _build(name: str, config: Any) -> tuple[optax.GradientTransformationExtraArg
     return optax.with_extra_args_support(transform), -1 if descends else 1
 
 
+def _mask_by_path(mask: Json, what: str) -> Callable[[PyTree], PyTree]:
+    """Return a mask, for any container of the parameters, that was written as nested dicts of booleans by key.
+
+    Raises:
+      ValueError: if a value is no boolean; the mask itself raises it for parameters that
+        it does not cover, and for what it names and is not there.
+    """
+    entries: dict[str, bool] = {}
+
+    def read(node: Json, path: str) -> None:
+        if isinstance(node, Mapping):
+            for key, each in node.items():
+                read(each, f"{path}/{key}" if path else key)
+        elif isinstance(node, bool):
+            entries[path] = node
+        else:
+            raise ValueError(f"{what} should be a boolean at {path!r}, not {node!r}")
+
+    def call(tree: PyTree) -> PyTree:
+        chosen, used = [], set()
+        for path in leaf_paths(tree):
+            entry = next((entry for entry in entries if path == entry or path.startswith(f"{entry}/")), None)
+            if entry is None:
+                raise ValueError(f"{what} says nothing of the parameter {path!r}: it names {sorted(entries)}")
+            chosen.append(entries[entry])
+            used.add(entry)
+        if unused := sorted(entries.keys() - used):
+            raise ValueError(f"{what} names {unused[0]!r}, and there are the parameters {leaf_paths(tree)}")
+        return jax.tree.unflatten(jax.tree.structure(tree), chosen)
+
+    read(mask, "")
+    return call
+
+
 def _belongs_to_optax(thing: Any) -> bool:
+    thing = thing.func if isinstance(thing, functools.partial) else thing
     home = thing.__name__ if inspect.ismodule(thing) else getattr(thing, "__module__", None)
     return isinstance(home, str) and home.split(".")[0] == "optax"
 
 
-def _find(name: str) -> Any:
+def _find(name: str) -> PyTree:
     place: Any = optax
     for part in name.split("."):
         if part.startswith("_") or not hasattr(place, part):
@@ -138,6 +190,7 @@ def _find(name: str) -> Any:
         # A configuration may come from a peer: it must not reach what optax happens to import.
         if not _belongs_to_optax(place):
             break
-    if not inspect.isfunction(place) or not _belongs_to_optax(place):
+    function = place.func if isinstance(place, functools.partial) else place
+    if not inspect.isfunction(function) or not _belongs_to_optax(place):
         raise ValueError(f"OptaxModule: optax.{name} makes no gradient transformation: it is {place!r}")
     return place

@@ -20,15 +20,16 @@ A client's variate moves when its message is known to have arrived: the server's
 is then always the mean of the clients'.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from functional_optimodules.core.aux_var import FromClients, FromServer, Params, Scalar
-from functional_optimodules.core.brick import OptiModule
-from functional_optimodules.core.fields import hyperparameter
-from functional_optimodules.core.numerics import cast_like, wide, zeros_wide
+from functional_optimodules.aux_var import FromClients, FromServer, Params, Scalar
+from functional_optimodules.brick import OptiModule
+from functional_optimodules.config.fields import hyperparameter
+from functional_optimodules.numerics import cast_like, wide, zeros_wide
+from functional_optimodules.types import PyTree, Updates
 
 
 class ScaffoldDelta(FromClients):
@@ -64,14 +65,14 @@ class ScaffoldClientState(NamedTuple):
       joined: int32 scalar, 1 once a message has arrived.
     """
 
-    local: Any
-    correction: Any
-    total: Any
+    local: PyTree
+    correction: PyTree
+    total: PyTree
     steps: jax.Array
     joined: jax.Array
 
 
-class ScaffoldClientModule(OptiModule):
+class ScaffoldClientModule(OptiModule[ScaffoldClientState]):
     """g − cᵢ + c, the client's side (Karimireddy et al. 2020, algorithm 1, option II).
 
         Init:
@@ -100,14 +101,14 @@ class ScaffoldClientModule(OptiModule):
     sends = ScaffoldDelta
     receives = ScaffoldVariate
 
-    def init(self, params: Any) -> ScaffoldClientState:
+    def init(self, params: Params) -> ScaffoldClientState:
         zero = jnp.zeros((), jnp.int32)
         trees = zeros_wide(params), zeros_wide(params), zeros_wide(params)
         return ScaffoldClientState(*trees, steps=zero, joined=jnp.copy(zero))
 
     def update(
-        self, updates: Any, state: ScaffoldClientState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, ScaffoldClientState]:
+        self, updates: Updates, state: ScaffoldClientState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, ScaffoldClientState]:
         total = jax.tree.map(lambda t, g: t + wide(g), state.total, updates)
         corrected = jax.tree.map(lambda g, c: wide(g) - c, updates, state.correction)
         return cast_like(corrected, updates), state._replace(total=total, steps=state.steps + 1)
@@ -128,7 +129,7 @@ class ScaffoldClientModule(OptiModule):
             steps=jnp.zeros((), jnp.int32),
         )
 
-    def _next_local(self, state: ScaffoldClientState) -> Any:
+    def _next_local(self, state: ScaffoldClientState) -> PyTree:
         count = jnp.maximum(state.steps, 1)
         return jax.tree.map(
             lambda t, local: jnp.where(state.steps > 0, t / count.astype(t.real.dtype), local), state.total, state.local
@@ -144,11 +145,11 @@ class ScaffoldServerState(NamedTuple):
       clients: int32 scalar, how many clients have sent something.
     """
 
-    total: Any
+    total: PyTree
     clients: jax.Array
 
 
-class ScaffoldServerModule(OptiModule):
+class ScaffoldServerModule(OptiModule[ScaffoldServerState]):
     """c = Σcᵢ / N, the server's side (Karimireddy et al. 2020, algorithm 1).
 
         Init(num_clients):
@@ -176,12 +177,12 @@ class ScaffoldServerModule(OptiModule):
     receives = ScaffoldDelta
     num_clients: int | None = hyperparameter(default=None, within="[1, 2147483647]")
 
-    def init(self, params: Any) -> ScaffoldServerState:
+    def init(self, params: Params) -> ScaffoldServerState:
         return ScaffoldServerState(total=zeros_wide(params), clients=jnp.zeros((), jnp.int32))
 
     def update(
-        self, updates: Any, state: ScaffoldServerState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, ScaffoldServerState]:
+        self, updates: Updates, state: ScaffoldServerState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, ScaffoldServerState]:
         return updates, state
 
     def collect(self, state: ScaffoldServerState) -> ScaffoldVariate:

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
-from functional_optimodules.core.plugin import Plugin
+from functional_optimodules.config.plugin import Plugin
 
 Scope = Literal["class", "instance", "field"]
 
@@ -24,7 +24,7 @@ class Check:
         self.kind = kind
         self.scope = scope
 
-    def __call__(self, plugin: Any) -> None:
+    def __call__(self, plugin: Plugin) -> None:
         try:
             self.function(plugin)
         except Exception as error:

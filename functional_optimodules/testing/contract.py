@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator
 
-from functional_optimodules.core.plugin import Plugin
+from functional_optimodules.config.plugin import Plugin
 from functional_optimodules.testing import configs, exchange, facade, packed, pure, rounds, schedulers, tracing
 from functional_optimodules.testing.check import Check
 from functional_optimodules.testing.instances import instances

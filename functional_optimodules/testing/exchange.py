@@ -7,19 +7,24 @@ from typing import Any
 
 import jax
 
-from functional_optimodules.core.aux_var import FromClients
-from functional_optimodules.core.brick import Brick, OptiModule
-from functional_optimodules.core.messages import decode_message, encode_message, open_envelopes
-from functional_optimodules.core.paths import Specs
+from functional_optimodules.aux_var import AuxVar, FromClients
+from functional_optimodules.brick import Brick, OptiModule
+from functional_optimodules.optimizer import Optimizer
+from functional_optimodules.packing.adapter import adapted
 from functional_optimodules.testing.check import check
 from functional_optimodules.testing.configs import through_json
 from functional_optimodules.testing.instances import instances
-from functional_optimodules.testing.trees import assert_same, assert_untouched, parameters, randoms, stepped
+from functional_optimodules.testing.trees import assert_same, assert_untouched, parameters, ran, randoms, stepped
+from functional_optimodules.types import Json, PyTree
+from functional_optimodules.wire.messages import decode_message, encode_message, open_envelopes
+from functional_optimodules.wire.paths import Specs
+
+Peer = OptiModule | Optimizer
 
 _CLIENTS = ("client-a", "client-b")
 
 
-def messages_for(brick: Any, params: Any) -> dict[str, Any]:
+def messages_for(brick: Brick, params: PyTree) -> dict[str, Json]:
     """Return what a brick's `process_aux_var` would get by `aux_name`, from counterparts that have taken steps.
 
     Raises:
@@ -32,13 +37,13 @@ def messages_for(brick: Any, params: Any) -> dict[str, Any]:
     }
 
 
-def deliver(brick: Any, messages: dict[str, Any]) -> None:
+def deliver(brick: Brick, messages: dict[str, Json]) -> None:
     """Hand messages by `aux_name` to a brick's facade."""
-    if messages:
+    if messages and isinstance(brick, Peer):
         brick.process_aux_var(next(iter(messages.values())) if isinstance(brick, OptiModule) else messages)
 
 
-def received(brick: Any, params: Any) -> dict[str, Any]:
+def received(brick: Brick, params: PyTree) -> dict[str, AuxVar]:
     """Return what a brick's pure `process` would get by `aux_name`: decoded, and reduced over clients."""
     specs = Specs.of(params)
     auxes = {}
@@ -46,20 +51,20 @@ def received(brick: Any, params: Any) -> dict[str, Any]:
         module = brick.channels()[name]
         each = _read(payload, name, module.receives, specs)
         if _is_wide(module.receives):
-            each = [aux.widen(index, module.num_clients) for index, aux in enumerate(each)]
+            each = [aux.widen(index, module.clients()) for index, aux in enumerate(each)]
         auxes[name] = functools.reduce(lambda a, b: a.merge(b), each)
     return auxes
 
 
-def _read(payload: Any, name: str, kind: Any, specs: Specs) -> list[Any]:
-    return [decode_message(each, kind, specs) for each in open_envelopes(payload, name, kind, "the contract")]
+def _read(payload: Json, name: str, kind: Any, specs: Specs) -> list[PyTree]:
+    return [decode_message(each, specs) for each in open_envelopes(payload, name, kind, "the contract")]
 
 
-def _from_clients(server: Any, params: Any) -> dict[str, Any]:
+def _from_clients(server: OptiModule, params: PyTree) -> dict[str, Json]:
     return {name: _collected(_counterpart(server), params, seed) for seed, name in enumerate(_CLIENTS)}
 
 
-def _from_server(client: Any, params: Any) -> Any:
+def _from_server(client: OptiModule, params: PyTree) -> Json:
     server = _counterpart(client)
     server.setup(params)
     if server.receives is not None:
@@ -68,25 +73,25 @@ def _from_server(client: Any, params: Any) -> Any:
     return message["per_client"][_CLIENTS[0]] if "per_client" in message else message
 
 
-def _collected(client: Any, params: Any, seed: int) -> Any:
+def _collected(client: OptiModule, params: PyTree, seed: int) -> Json:
     client.setup(params)
-    client.run(randoms(params, seed), params)
+    ran(client, randoms(params, seed), params)
     return client.collect_aux_var()
 
 
-def _counterpart(module: Any) -> Any:
+def _counterpart(module: OptiModule) -> PyTree:
     for cls in (*OptiModule._registry.values(), *_subclasses(OptiModule)):
         if cls.sends is module.receives and cls.receives in (module.sends, None):
             peer = next(iter(instances(cls).values()))
             wide = cls.receives is not None and _is_wide(cls.receives)
             return dataclasses.replace(peer, num_clients=len(_CLIENTS)) if wide else peer.bare()
     raise AssertionError(
-        f"no module sends {module.receives.__name__}, which it receives: declare its counterpart in the same place"
+        f"no module sends {getattr(module.receives, '__name__', None)}, which it receives: declare its counterpart in the same place"
     )
 
 
 def _is_wide(kind: Any) -> bool:
-    return issubclass(kind, FromClients) and any("per-client" in marks for marks in kind.variables().values())
+    return issubclass(kind, FromClients) and kind.is_per_client()
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
@@ -96,12 +101,13 @@ def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
 
 
 @check(Brick)
-def check_collect_reads_only(brick: Any) -> None:
+def check_collect_reads_only(brick: Brick) -> None:
     """Asking twice gives the same, of the declared type, and what follows is as if nobody had asked."""
     params = parameters()
     _, state = stepped(brick, brick.init(params), params, (1, 2))
     before = jax.tree.flatten(state)
-    first, second = brick.collect_channels(state), brick.collect_channels(state)
+    adapter = adapted(brick)
+    first, second = adapter.collect(state), adapter.collect(state)
     assert_same(second, first, "`collect` gives something else when it is asked again")
     assert_untouched(state, before, "`collect` changes the state: return something new")
     for name, module in brick.channels().items():
@@ -109,13 +115,36 @@ def check_collect_reads_only(brick: Any) -> None:
             f"`collect` returns {first.get(name)!r} and `sends` declares {module.sends}: a sender always sends, others "
             "never do"
         )
-        assert name not in first or type(first[name]) is module.sends, f"`collect` returns {type(first[name]).__name__}"
-    if not brick.channels():
-        assert not brick.collect(state), "`collect` returns something, and `sends` declares nothing"
 
 
 @check(Brick)
-def check_facade_collects_the_same_again(brick: Any) -> None:
+def check_exchange_is_as_simulated(brick: Peer) -> None:
+    """Rounds of the stateful side, with its messages, are those of the pure methods that a simulation calls."""
+    if not brick.channels():
+        return
+    params, adapter = parameters(), adapted(brick.bare())
+    auxes, messages = received(brick, params), messages_for(brick, params)
+    peer, begin = brick.bare(), jax.jit(adapter.begin_round)
+    peer.setup(params)
+    state = peer.state
+    for number in range(3):
+        state = adapter.process(auxes, begin(state, params))
+        outputs, state = stepped(brick, state, params, (2 * number, 2 * number + 1))
+        peer.on_round_start()
+        deliver(peer, messages)
+        found = [ran(peer, randoms(params, seed), params) for seed in (2 * number, 2 * number + 1)]
+        broken = (
+            f"in round {number} the exchange of messages differs from the simulation: `begin_round(state)` and "
+            "`begin_round(state, params)` must come to the same by the next step"
+        )
+        assert_same(found, outputs, broken, close=True)
+        assert_same(peer.state, state, broken, close=True)
+        peer._session.collect()
+        state = adapter.commit(state)
+
+
+@check(Brick)
+def check_facade_collects_the_same_again(brick: Peer) -> None:
     """A message asked for twice is the same, and committed once by what comes next, unless retracted."""
     if not any(module.sends for module in brick.channels().values()):
         return
@@ -124,7 +153,9 @@ def check_facade_collects_the_same_again(brick: Any) -> None:
     asked.setup(params)
     told.set_state(asked.get_state())
     for each in (asked, told):
-        each.run(randoms(params, 1), params)
+        ran(each, randoms(params, 1), params)
+        if each.serves():  # its broadcast would begin the round
+            each.on_round_start()
     saved = asked.get_state()
     messages = [asked.collect_aux_var(), asked.collect_aux_var()]
     assert messages[0] == messages[1], "`collect_aux_var` gives another message when it is asked again"
@@ -133,23 +164,24 @@ def check_facade_collects_the_same_again(brick: Any) -> None:
     asked.collect_aux_var()
     asked.collect_aux_var()
     told.collect_aux_var()
-    outputs = [each.run(randoms(params, 2), params) for each in (asked, told)]
+    outputs = [ran(each, randoms(params, 2), params) for each in (asked, told)]
     assert_same(outputs[0], outputs[1], "a message collected twice was committed twice")
     assert asked.get_state() == told.get_state(), "a message collected twice was committed twice"
 
 
 @check(Brick)
-def check_messages_survive_json(brick: Any) -> None:
+def check_messages_survive_json(brick: Brick) -> None:
     """Messages are strict JSON, and reading one gives back its arrays, bit by bit."""
     params = parameters()
     specs = Specs.of(params)
     sender = brick.bare()
     sender.setup(params)
     deliver(sender, messages_for(brick, params))
-    sender.run(randoms(params, 1), params)
+    ran(sender, randoms(params, 1), params)
     sent = sender._session.collect()
     for name, message in sent.items():
         sends = brick.channels()[name].sends
+        assert sends is not None
         for each in message["per_client"].values() if "per_client" in message else (message,):
             sent_as = through_json(each, "a message")
             (read,) = _read({"me": sent_as} if issubclass(sends, FromClients) else sent_as, name, sends, specs)
@@ -157,7 +189,7 @@ def check_messages_survive_json(brick: Any) -> None:
 
 
 @check(Brick)
-def check_received_messages_survive_json(brick: Any) -> None:
+def check_received_messages_survive_json(brick: Peer) -> None:
     """A message that went through JSON does what the same message does, also before the first `run`."""
     params = parameters()
     messages = messages_for(brick, params)
@@ -168,13 +200,13 @@ def check_received_messages_survive_json(brick: Any) -> None:
     early.set_state(late.get_state())
     deliver(early, through_json(messages, "what is received"))
     deliver(late, messages)
-    outputs = [each.run(randoms(params, 1), params) for each in (early, late)]
+    outputs = [ran(each, randoms(params, 1), params) for each in (early, late)]
     assert_same(outputs[0], outputs[1], "a message that went through JSON has another effect")
     assert early.get_state() == late.get_state(), "a message that went through JSON has another effect"
 
 
 @check(Brick, scope="class")
-def check_unwanted_messages_are_refused(brick: Any) -> None:
+def check_unwanted_messages_are_refused(brick: Brick) -> None:
     """Where nothing is received, `process` says so."""
     if any(module.receives for module in brick.channels().values()) or not isinstance(brick, OptiModule):
         return

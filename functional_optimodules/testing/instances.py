@@ -7,14 +7,16 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Union
 
-from functional_optimodules.core.plugin import Plugin, field_types
-from functional_optimodules.core.scheduler import Scheduler
+from functional_optimodules.config.fields import field_types
+from functional_optimodules.config.plugin import Plugin
+from functional_optimodules.schedulers import Scheduler
+from functional_optimodules.types import PyTree
 
 _FLOATS = (0.5, 0.25, 2.0, 1.5, 0.75, 0.0, 1.0, 10.0, -0.5)
 _INTEGERS = (3, 2, 5, 7, 1, 4, 10, 0, -3)
 
 
-def instances(cls: type[Plugin]) -> dict[str, Any]:
+def instances(cls: type[Plugin]) -> dict[str, PyTree]:
     """Return plug-ins of a class, by a label that says how each differs.
 
     These are the default one, one with every field changed, one for each value
@@ -76,7 +78,7 @@ def _recipes(cls: type[Plugin]) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield label, lambda plugin=example: plugin  # type: ignore[misc]
 
 
-def _builds(base: Any, change: dict[str, Any]) -> bool:
+def _builds(base: Any, change: dict[str, PyTree]) -> bool:
     # Fields that only go together are what `examples` are for.
     try:
         dataclasses.replace(base, **change)
@@ -120,5 +122,5 @@ def _nests(cls: type[Scheduler]) -> bool:
     return any("Scheduler" in str(annotation) for annotation in field_types(cls).values())
 
 
-def _text(value: Any) -> str:
+def _text(value: PyTree) -> str:
     return repr(value)

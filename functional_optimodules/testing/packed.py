@@ -1,51 +1,47 @@
 """Check that a brick means the same on packed parameters."""
 
-from typing import Any
+from collections.abc import Iterator
 
-import jax
-
-from functional_optimodules.core.brick import Brick
-from functional_optimodules.core.compiled import compiled
-from functional_optimodules.core.encoding import is_key
-from functional_optimodules.core.packed import pack, pack_auxes
-from functional_optimodules.core.packing import unpack
+from functional_optimodules.aux_var import Params
+from functional_optimodules.brick import Brick
+from functional_optimodules.packing.adapter import Adapter, adapted
+from functional_optimodules.packing.policy import pack
+from functional_optimodules.packing.tree import unpack
 from functional_optimodules.testing.check import check
 from functional_optimodules.testing.exchange import received
-from functional_optimodules.testing.trees import assert_same, compiled_step, parameters, randoms
+from functional_optimodules.testing.trees import assert_same, compiled_step, leaves_without_keys, parameters, randoms
+from functional_optimodules.types import PyTree
 
 
 @check(Brick, scope="field")
-def check_packed_is_as_unpacked(brick: Any) -> None:
+def check_packed_is_as_unpacked(brick: Brick) -> None:
     """On packed parameters a brick gives the same updates, states and auxiliary variables."""
     # Leaves of one shape, which lie side by side, and of others.
     params = {"first": parameters(), "second": parameters()}
     packed = pack(params)
     advice = "leave out `packable = True`, or go through `map_parameters` for what is done to each parameter"
-    state = brick.init(params)
+    plain, packs = adapted(brick.bare()), adapted(brick.bare(), packed.packing)
+    state, model = plain.init(params), packs.init(packed)
     assert_same(
-        _without_keys(unpack(brick.init(packed))),
-        _without_keys(state),
+        leaves_without_keys(packs.portable(model)),
+        leaves_without_keys(state),
         f"`init` differs on packed parameters: {advice}",
     )
-    packed_state = compiled(brick.bare()).pack(packed.packing, state)
-    auxes = received(brick, params)
-    packed_auxes = pack_auxes(auxes, packed.packing)
+    auxes, packed_state = received(brick, params), packs.adopt(state, model)
     for seed in range(3):
         gradients = randoms(params, seed)
-        output, state = compiled_step(brick.bare(), gradients, state, params)
-        found, packed_state = compiled_step(brick.bare(), pack(gradients, like=packed), packed_state, packed)
+        output, state = compiled_step(plain, gradients, state, params)
+        found, packed_state = compiled_step(packs, pack(gradients, like=packed), packed_state, packed)
         assert_same(unpack(found), output, f"`update` differs on packed parameters: {advice}", close=True)
-    made = {
-        "update": lambda state, params, auxes: state,
-        "begin_round": lambda state, params, auxes: brick.begin_round(state, params),
-        "collect": lambda state, params, auxes: brick.collect_channels(state),
-        "commit": lambda state, params, auxes: brick.commit(state),
-        "process": lambda state, params, auxes: brick.process_channels(auxes, state) if auxes else state,
-    }
-    for name, call in made.items():
-        expected, found = call(state, params, auxes), unpack(call(packed_state, packed, packed_auxes))
-        assert_same(found, expected, f"what `{name}` returns differs on packed parameters: {advice}", close=True)
 
+    def after(adapter: Adapter, state: PyTree, params: Params) -> Iterator[tuple[str, PyTree]]:
+        yield "update", state
+        yield "begin_round", adapter.begin_round(state, params)
+        yield "collect", adapter.collect(state)
+        yield "commit", adapter.commit(state)
+        yield "process", adapter.process(auxes, state)
 
-def _without_keys(state: Any) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(state) if not is_key(leaf)]
+    made = dict(after(packs, packed_state, packed))
+    for name, expected in after(plain, state, params):
+        broken = f"what `{name}` returns differs on packed parameters: {advice}"
+        assert_same(unpack(made[name]), expected, broken, close=True)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from functional_optimodules.core.brick import Brick
-from functional_optimodules.core.encoding import is_key
+from functional_optimodules.brick import Brick
+from functional_optimodules.random.keys import is_key
 from functional_optimodules.testing.check import check
 from functional_optimodules.testing.trees import (
     assert_same,
@@ -19,12 +19,13 @@ from functional_optimodules.testing.trees import (
     stepped,
     to_numpy,
 )
+from functional_optimodules.types import PyTree
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 
 
 @check(Brick, scope="class")
-def check_state_is_a_named_tuple_of_arrays(brick: Any) -> None:
+def check_state_is_a_named_tuple_of_arrays(brick: Brick) -> None:
     """The state is a `NamedTuple`, and its leaves are arrays from the start: no numbers that stand for "not yet"."""
     state = brick.init(parameters())
     is_named = isinstance(state, tuple) and hasattr(state, "_fields")
@@ -36,7 +37,7 @@ def check_state_is_a_named_tuple_of_arrays(brick: Any) -> None:
 
 
 @check(Brick, scope="field")
-def check_update_keeps_structure(brick: Any) -> None:
+def check_update_keeps_structure(brick: Brick) -> None:
     """Neither what `update` returns for updates nor its state changes in structure, shapes or dtypes."""
     params = parameters()
     state = brick.init(params)
@@ -46,7 +47,7 @@ def check_update_keeps_structure(brick: Any) -> None:
 
 
 @check(Brick)
-def check_update_is_pure(brick: Any) -> None:
+def check_update_is_pure(brick: Brick) -> None:
     """The same arguments give the same results, and neither they nor the brick are changed."""
     params = parameters()
     updates, state, memory = randoms(params, 1), brick.init(params), dict(vars(brick))
@@ -61,7 +62,7 @@ def check_update_is_pure(brick: Any) -> None:
 
 
 @check(Brick)
-def check_state_owns_its_buffers(brick: Any) -> None:
+def check_state_owns_its_buffers(brick: Brick) -> None:
     """No two leaves of a new state share a buffer, and none is one of the parameters'."""
     params = parameters()
     state = brick.init(params)
@@ -76,7 +77,7 @@ def check_state_owns_its_buffers(brick: Any) -> None:
             )
 
 
-def _paths(tree: Any) -> Any:
+def _paths(tree: PyTree) -> PyTree:
     return jax.tree_util.tree_leaves_with_path(tree)
 
 
@@ -85,7 +86,7 @@ def _buffer(leaf: Any) -> int:
 
 
 @check(Brick)
-def check_state_can_be_donated(brick: Any) -> None:
+def check_state_can_be_donated(brick: Brick) -> None:
     """A compiled step may donate the state, from the very first on, and the caller's arrays stay alive."""
     params = parameters()
     step = jax.jit(brick.bare().update, donate_argnums=1)
@@ -99,7 +100,7 @@ def check_state_can_be_donated(brick: Any) -> None:
 
 
 @check(Brick)
-def check_dtypes_are_kept(brick: Any) -> None:
+def check_dtypes_are_kept(brick: Brick) -> None:
     """Updates leave with the dtype that they came with, and the state's dtypes stay."""
     for dtype in _DTYPES:
         with jax.enable_x64(dtype == jnp.float64):
@@ -111,7 +112,7 @@ def check_dtypes_are_kept(brick: Any) -> None:
 
 
 @check(Brick)
-def check_half_precision_accumulates_wide(brick: Any) -> None:
+def check_half_precision_accumulates_wide(brick: Brick) -> None:
     """Norms and moments are computed in at least float32, whatever the dtype of the updates."""
     params = [{"w": randoms(jnp.zeros(300, jnp.float16), seed)} for seed in range(2)]
     updates = {"w": jnp.full(300, 256, jnp.float16)}  # the sum of squares is beyond float16
@@ -133,17 +134,17 @@ def check_half_precision_accumulates_wide(brick: Any) -> None:
             )
 
 
-def _exact(tree: Any) -> Any:
+def _exact(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
 @check(Brick)
-def check_gradient_at_zero_is_finite(brick: Any) -> None:
+def check_gradient_at_zero_is_finite(brick: Brick) -> None:
     """Updates of zero give finite numbers, and so do the derivatives of two steps there."""
     params = parameters()
     state = brick.init(params)
 
-    def total(updates: Any) -> Any:
+    def total(updates: PyTree) -> PyTree:
         first, then = brick.update(updates, state, params)
         second, _ = brick.update(updates, then, params)
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves((first, second)))

@@ -1,19 +1,25 @@
 """Checks of `begin_round`, `commit`, `process` and `fold_in`."""
 
-from typing import Any
-
 import jax
 import numpy as np
 
-from functional_optimodules.core.brick import Brick
-from functional_optimodules.core.encoding import is_key
+from functional_optimodules.brick import Brick
+from functional_optimodules.packing.adapter import adapted
+from functional_optimodules.random.keys import is_key
 from functional_optimodules.testing.check import check
 from functional_optimodules.testing.exchange import received
-from functional_optimodules.testing.trees import assert_same, assert_same_specs, parameters, stepped, to_numpy
+from functional_optimodules.testing.trees import (
+    assert_same,
+    assert_same_specs,
+    leaves_without_keys,
+    parameters,
+    stepped,
+    to_numpy,
+)
 
 
 @check(Brick)
-def check_rounds_keep_structure(brick: Any) -> None:
+def check_rounds_keep_structure(brick: Brick) -> None:
     """Nothing that happens between steps changes the state's structure, shapes or dtypes."""
     params = parameters()
     _, state = stepped(brick, brick.init(params), params, (1,))
@@ -25,13 +31,13 @@ def check_rounds_keep_structure(brick: Any) -> None:
         "fold_in(state, 1)": brick.fold_in(state, 1),
     }
     if auxes:
-        made["process(aux, state)"] = brick.process_channels(auxes, state)
+        made["process(aux, state)"] = adapted(brick).process(auxes, state)
     for call, new in made.items():
         assert_same_specs(new, state, f"`{call}` changes the state")
 
 
 @check(Brick, scope="field")
-def check_round_reset_is_as_new(brick: Any) -> None:
+def check_round_reset_is_as_new(brick: Brick) -> None:
     """With `round_reset`, a round starts from the state that `init` makes."""
     if not getattr(brick, "round_reset", False):
         return
@@ -39,15 +45,15 @@ def check_round_reset_is_as_new(brick: Any) -> None:
     fresh = brick.init(params)
     _, state = stepped(brick, fresh, params, (1, 2))
     for begun in (brick.begin_round(state, params), brick.begin_round(state)):
-        assert_same(_without_keys(begun), _without_keys(fresh), "with `round_reset`, a round does not start as `init`")
-
-
-def _without_keys(state: Any) -> Any:
-    return [leaf for leaf in jax.tree.leaves(state) if not is_key(leaf)]
+        assert_same(
+            leaves_without_keys(begun),
+            leaves_without_keys(fresh),
+            "with `round_reset`, a round does not start as `init`",
+        )
 
 
 @check(Brick, scope="class")
-def check_fold_in_separates_clients(brick: Any) -> None:
+def check_fold_in_separates_clients(brick: Brick) -> None:
     """An identity changes every PRNG key of a state, and nothing else."""
     state = brick.init(parameters())
     first, second = brick.fold_in(state, 1), brick.fold_in(state, 2)

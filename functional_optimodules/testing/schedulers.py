@@ -2,22 +2,22 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from functional_optimodules.core.scheduler import Scheduler
+from functional_optimodules.schedulers import Scheduler
 from functional_optimodules.testing.check import check
 from functional_optimodules.testing.configs import through_json
 from functional_optimodules.testing.trees import assert_same, assert_same_spec, assert_same_specs
+from functional_optimodules.types import PyTree
 
 # One entry a step: whether a round begins before it.
 _ROUNDS = (False, True, False, True, True, False, False, True, False)
 
 
-def _rates(scheduler: Any, rounds: tuple[bool, ...] = _ROUNDS) -> list[float]:
+def _rates(scheduler: Scheduler, rounds: tuple[bool, ...] = _ROUNDS) -> list[float]:
     rates = []
     for begins in rounds:
         if begins:
@@ -27,7 +27,7 @@ def _rates(scheduler: Any, rounds: tuple[bool, ...] = _ROUNDS) -> list[float]:
 
 
 @check(Scheduler)
-def check_clock_keeps_structure(scheduler: Any) -> None:
+def check_clock_keeps_structure(scheduler: Scheduler) -> None:
     """A clock is made of arrays whose shapes and dtypes stay, and a rate is a finite float32 scalar."""
     clock = scheduler.init()
     for leaf in jax.tree.leaves(clock):
@@ -41,7 +41,7 @@ def check_clock_keeps_structure(scheduler: Any) -> None:
 
 
 @check(Scheduler, scope="class")
-def check_methods_are_pure(scheduler: Any) -> None:
+def check_methods_are_pure(scheduler: Scheduler) -> None:
     """The same clock gives the same rate and the same next clock."""
     clock = scheduler.advance(scheduler.begin_round(scheduler.init()))
     for method in ("value", "advance", "begin_round"):
@@ -50,10 +50,10 @@ def check_methods_are_pure(scheduler: Any) -> None:
 
 
 @check(Scheduler, scope="field")
-def check_scan_equals_get_next_rate(scheduler: Any) -> None:
+def check_scan_equals_get_next_rate(scheduler: Scheduler) -> None:
     """Rates computed on a traced clock in a `lax.scan` are those of the facade."""
 
-    def body(clock: Any, begins: Any) -> Any:
+    def body(clock: PyTree, begins: jax.Array) -> PyTree:
         clock = jax.lax.cond(begins, scheduler.begin_round, lambda same: same, clock)
         return scheduler.advance(clock), scheduler.value(clock)
 
@@ -65,7 +65,7 @@ def check_scan_equals_get_next_rate(scheduler: Any) -> None:
 
 
 @check(Scheduler, scope="field")
-def check_resume(scheduler: Any) -> None:
+def check_resume(scheduler: Scheduler) -> None:
     """A clock saved as JSON goes on identically in a scheduler built from the configuration."""
     started = scheduler.bare()
     _rates(started)
@@ -78,7 +78,7 @@ def check_resume(scheduler: Any) -> None:
 
 
 @check(Scheduler, scope="field")
-def check_counts_from_zero(scheduler: Any) -> None:
+def check_counts_from_zero(scheduler: Scheduler) -> None:
     """The first rate is that of step 0 and round 0, whether or not somebody begins a round."""
     first = float(scheduler.value(scheduler.init()))
     alone, begun = scheduler.bare().get_next_rate(), _rates(scheduler.bare(), (True,))[0]
@@ -89,12 +89,12 @@ def check_counts_from_zero(scheduler: Any) -> None:
 
 
 @check(Scheduler)
-def check_clock_traced_once(scheduler: Any) -> None:
+def check_clock_traced_once(scheduler: Scheduler) -> None:
     """Neither a step, nor a round, nor an equal scheduler built anew traces a second time."""
     traces = []
 
     @functools.partial(jax.jit, static_argnums=0)
-    def tick(scheduler: Any, clock: Any) -> Any:
+    def tick(scheduler: Scheduler, clock: PyTree) -> PyTree:
         traces.append(scheduler)
         return scheduler.value(clock), scheduler.advance(clock)
 

@@ -2,19 +2,20 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from functional_optimodules.core.brick import Brick
+from functional_optimodules.brick import Brick
+from functional_optimodules.packing.adapter import adapted
 from functional_optimodules.testing.check import check
 from functional_optimodules.testing.exchange import received
 from functional_optimodules.testing.trees import assert_same, compiled_step, parameters, randoms, stepped
+from functional_optimodules.types import PyTree
 
 
 @check(Brick, scope="field")
-def check_jit_equals_eager(brick: Any) -> None:
+def check_jit_equals_eager(brick: Brick) -> None:
     """A compiled step gives what the same step gives without compilation."""
     params = parameters()
     state = brick.init(params)
@@ -26,7 +27,7 @@ def check_jit_equals_eager(brick: Any) -> None:
 
 
 @check(Brick)
-def check_vmap_over_clients(brick: Any) -> None:
+def check_vmap_over_clients(brick: Brick) -> None:
     """Clients whose states are stacked get what each gets alone."""
     params = parameters()
     states = [brick.fold_in(brick.init(params), client) for client in range(3)]
@@ -36,18 +37,18 @@ def check_vmap_over_clients(brick: Any) -> None:
     assert_same(together, _stack(alone), "under vmap, clients differ from what each gets alone", close=True)
 
 
-def _stack(trees: Any) -> Any:
+def _stack(trees: PyTree) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 @check(Brick, scope="class")
-def check_scan_equals_loop(brick: Any) -> None:
+def check_scan_equals_loop(brick: Brick) -> None:
     """Steps in a `lax.scan` are those of a Python loop."""
     params = parameters()
     state = brick.init(params)
     gradients = [randoms(params, seed) for seed in range(3)]
 
-    def body(carry: Any, updates: Any) -> Any:
+    def body(carry: PyTree, updates: PyTree) -> PyTree:
         output, carry = brick.update(updates, carry, params)
         return carry, output
 
@@ -58,12 +59,12 @@ def check_scan_equals_loop(brick: Any) -> None:
 
 
 @check(Brick)
-def check_traced_once(brick: Any) -> None:
+def check_traced_once(brick: Brick) -> None:
     """Neither a step, nor a round, nor a message, nor an equal brick built anew traces `update` again."""
     traces = []
 
     @functools.partial(jax.jit, static_argnums=0)
-    def step(brick: Any, updates: Any, state: Any, params: Any) -> Any:
+    def step(brick: Brick, updates: PyTree, state: PyTree, params: PyTree) -> PyTree:
         traces.append(brick)
         return brick.update(updates, state, params)
 
@@ -74,7 +75,7 @@ def check_traced_once(brick: Any) -> None:
         for seed in range(2):
             _, state = step(each, randoms(params, seed), state, params)
         state = each.begin_round(state, params)
-        state = each.process_channels(auxes, state) if auxes else state
+        state = adapted(each).process(auxes, state) if auxes else state
         state = each.begin_round(each.commit(state))
     assert len(traces) == 1, (
         f"`update` was traced {len(traces)} times: keep shapes, dtypes and weak types of the state, and hash by fields"
@@ -82,7 +83,7 @@ def check_traced_once(brick: Any) -> None:
 
 
 @check(Brick)
-def check_strict_promotion(brick: Any) -> None:
+def check_strict_promotion(brick: Brick) -> None:
     """No line relies on implicit dtype promotion, which users may have made an error."""
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         params = parameters(dtype)
@@ -91,6 +92,6 @@ def check_strict_promotion(brick: Any) -> None:
             state = brick.init(params)
             jax.eval_shape(brick.update, params, state, params)
             jax.eval_shape(brick.begin_round, state, params)
-            jax.eval_shape(lambda state: (brick.collect_channels(state), brick.commit(state)), state)
+            jax.eval_shape(lambda state: (adapted(brick).collect(state), adapted(brick).commit(state)), state)
             if auxes:
-                jax.eval_shape(brick.process_channels, auxes, state)
+                jax.eval_shape(adapted(brick).process, auxes, state)

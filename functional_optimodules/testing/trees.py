@@ -11,8 +11,11 @@ import numpy as np
 from flax import nnx
 from flax.core import FrozenDict
 
-from functional_optimodules.core.encoding import is_key
-from functional_optimodules.core.paths import keystr
+from functional_optimodules.brick import Brick
+from functional_optimodules.optimizer import Optimizer
+from functional_optimodules.random.keys import is_key
+from functional_optimodules.types import HostArray, Leaf, PyTree
+from functional_optimodules.wire.paths import keystr
 
 
 class Pair(NamedTuple):
@@ -43,25 +46,25 @@ def containers() -> dict[str, Callable[[Any, Any], Any]]:
     }
 
 
-def parameters(dtype: Any = None) -> Any:
+def parameters(dtype: Any = None) -> PyTree:
     """Return nested parameters with a matrix, a vector and a scalar."""
     shapes = {"layer": {"bias": (3,), "kernel": (2, 3)}, "scale": ()}
     return randoms(jax.tree.map(lambda shape: jnp.zeros(shape, dtype), shapes, is_leaf=lambda x: type(x) is tuple), 99)
 
 
-def randoms(like: Any, seed: int) -> Any:
+def randoms(like: PyTree, seed: int) -> PyTree:
     """Return normal numbers in the shapes and dtypes of a tree, other ones for each seed."""
     generator = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(generator.standard_normal(leaf.shape), leaf.dtype), like)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def compiled_step(brick: Any, updates: Any, state: Any, params: Any) -> Any:
+def compiled_step(brick: Brick, updates: PyTree, state: PyTree, params: PyTree) -> PyTree:
     """Run a brick's `update`; the checks of a brick share its compilation."""
     return brick.update(updates, state, params)
 
 
-def stepped(brick: Any, state: Any, params: Any, seeds: Iterable[int]) -> tuple[list[Any], Any]:
+def stepped(brick: Brick, state: PyTree, params: PyTree, seeds: Iterable[int]) -> tuple[list[PyTree], PyTree]:
     """Take a step for each seed; return the outputs and the last state."""
     outputs = []
     for seed in seeds:
@@ -70,7 +73,17 @@ def stepped(brick: Any, state: Any, params: Any, seeds: Iterable[int]) -> tuple[
     return outputs, state
 
 
-def assert_same(found: Any, expected: Any, broken: str, close: bool = False) -> None:
+def ran(brick: Brick, gradients: PyTree, params: PyTree) -> PyTree:
+    """Call a brick's `run`. An `Optimizer` takes the parameters by name, a regularizer calls them `weights`."""
+    return brick.run(gradients, params=params) if isinstance(brick, Optimizer) else brick.run(gradients, params)
+
+
+def leaves_without_keys(state: PyTree) -> list[PyTree]:
+    """Return the leaves of a state that are no PRNG keys."""
+    return [leaf for leaf in jax.tree.leaves(state) if not is_key(leaf)]
+
+
+def assert_same(found: PyTree, expected: PyTree, broken: str, close: bool = False) -> None:
     """Raise an `AssertionError` that names the first leaf in which two trees differ.
 
     Args:
@@ -85,28 +98,28 @@ def assert_same(found: Any, expected: Any, broken: str, close: bool = False) -> 
         assert_same_leaf(leaf, other, f"{broken}\n  at {keystr(path)!r}", close)
 
 
-def assert_same_structure(found: Any, expected: Any, broken: str) -> None:
+def assert_same_structure(found: PyTree, expected: PyTree, broken: str) -> None:
     """Raise an `AssertionError` if two trees differ in structure."""
     a: Any = jax.tree.structure(found)
     b: Any = jax.tree.structure(expected)
     assert a == b, f"{broken}\n  found the structure {a}, expected {b}"
 
 
-def assert_same_specs(found: Any, expected: Any, broken: str) -> None:
+def assert_same_specs(found: PyTree, expected: PyTree, broken: str) -> None:
     """Raise an `AssertionError` if two trees differ in structure, shapes or dtypes."""
     assert_same_structure(found, expected, broken)
     for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert_same_spec(leaf, other, broken)
 
 
-def assert_untouched(tree: Any, flat: tuple[list[Any], Any], broken: str) -> None:
+def assert_untouched(tree: PyTree, flat: tuple[list[PyTree], PyTree], broken: str) -> None:
     """Raise an `AssertionError` if a tree has no longer the structure and the leaves that it was flattened to."""
     leaves, treedef = jax.tree.flatten(tree)
     assert treedef == flat[1], f"{broken}\n  found the structure {treedef}, expected {flat[1]}"
     assert all(a is b for a, b in zip(leaves, flat[0], strict=True)), broken
 
 
-def assert_same_leaf(found: Any, expected: Any, broken: str, close: bool) -> None:
+def assert_same_leaf(found: Leaf, expected: Leaf, broken: str, close: bool) -> None:
     """Raise an `AssertionError` if two arrays differ in shape, dtype or value."""
     assert_same_spec(found, expected, broken)
     a, b = to_numpy(found), to_numpy(expected)
@@ -117,13 +130,13 @@ def assert_same_leaf(found: Any, expected: Any, broken: str, close: bool) -> Non
     assert same, f"{broken}: found {a}, expected {b}"
 
 
-def assert_same_spec(found: Any, expected: Any, broken: str) -> None:
+def assert_same_spec(found: PyTree, expected: PyTree, broken: str) -> None:
     """Raise an `AssertionError` if two arrays, or what describes them, differ in shape or dtype."""
     a, b = (f"{leaf.dtype}{list(leaf.shape)}" for leaf in (found, expected))
     assert a == b, f"{broken}: found {a}, expected {b}"
 
 
-def to_numpy(leaf: Any) -> np.ndarray[Any, Any]:
+def to_numpy(leaf: Any) -> HostArray:
     """Return an array, or the words of PRNG keys, as NumPy's; bfloat16 and its kin as float32."""
     values = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
     return values if values.dtype.kind in "biufc" else values.astype(np.float32)

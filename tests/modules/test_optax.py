@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import functional_optimodules as fo
 
@@ -211,3 +212,74 @@ def test_a_configuration_reaches_nothing_that_optax_only_imports(name, tmp_path)
     with pytest.raises(ValueError, match="optax"):
         fo.OptiModule.from_specs("optax", {"transform": name, "config": {"cmd": f"touch {tmp_path / 'made'}"}})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["nadam", "nadamw"])
+def test_a_factory_that_optax_made_by_partial_application_is_one(name):
+    module = fo.OptaxModule(name, {"b1": 0.8})
+    transform = getattr(optax, name)(1.0, b1=0.8)
+    expected, _ = transform.update(TARGET, transform.init(TARGET), TARGET)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -b, rtol=1e-6), module.run(TARGET, TARGET), expected)
+
+
+MASK = {"a": True, "b": {"c": False, "d": True}, "e": False, "f": False}
+MASKED = {
+    "a": jnp.ones(3),
+    "b": {"c": jnp.ones(2), "d": jnp.ones(2)},
+    "e": jnp.ones(1),
+    "f": [jnp.ones(1), jnp.ones(2)],
+}
+DECAYED = {"a": 0.5, "b": {"c": 0.0, "d": 0.5}, "e": 0.0, "f": 0.0}
+
+
+def masked_containers():
+    decayed = jax.tree.map(jnp.full_like, MASKED, {**DECAYED, "f": [0.0, 0.0]})
+    variables = lambda tree: nnx.State(jax.tree.map(nnx.Param, {**tree, "f": dict(enumerate(tree["f"]))}))  # noqa: E731
+    return {"dict": (MASKED, decayed), "nnx.State": (variables(MASKED), variables(decayed))}
+
+
+@pytest.mark.parametrize("container", masked_containers())
+def test_a_mask_by_key_holds_in_pure_code_in_the_facade_and_in_saved_states(container):
+    params, expected = masked_containers()[container]
+    module = fo.OptaxModule("add_decayed_weights", {"weight_decay": 0.5, "mask": MASK})
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    optimizer, restored = fo.Optimizer(1.0, modules=[module]), fo.Optimizer(1.0, modules=[module])
+    assert equal(module.update(zeros, module.init(params), params)[0], expected)
+    assert equal(module.run(zeros, params), expected)
+    assert equal(optimizer.compute_updates_from_gradients(params, zeros), jax.tree.map(jnp.negative, expected))
+    restored.set_state(json.loads(json.dumps(optimizer.get_state())))
+    assert equal(restored.compute_updates_from_gradients(params, zeros), jax.tree.map(jnp.negative, expected))
+    assert module.load(module.save(module.init(params), params), params) == module.init(params)
+
+
+def test_a_state_with_masked_parts_is_saved_and_goes_on():
+    module = fo.OptaxModule("adamw", {"mask": MASK, "weight_decay": 0.5})
+    for _ in range(2):
+        module.run(MASKED, MASKED)
+    restored = fo.OptiModule.from_specs("optax", module.get_config())
+    restored.set_state(json.loads(json.dumps(module.get_state())))
+    assert equal(restored.run(MASKED, MASKED), module.run(MASKED, MASKED))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ({"a": True}, "mask of optax.add_decayed_weights says nothing of the parameter 'b/c': it names \\['a'\\]"),
+        ({**MASK, "z": True}, "names 'z', and there are the parameters"),
+        ({**MASK, "b": 1}, "should be a boolean at 'b', not 1"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_named(mask, message):
+    with pytest.raises(ValueError, match=message):
+        fo.OptaxModule("add_decayed_weights", {"mask": mask}).run(MASKED, MASKED)
+
+
+def test_parameters_that_optax_misses_are_asked_for_in_our_own_words():
+    with pytest.raises(ValueError, match=r"optax.adamw needs the parameters: .*`run\(gradients, params\)`"):
+        fo.OptaxModule("adamw").run(TARGET)
+
+
+def test_a_function_among_the_arguments_of_the_stateful_side_is_refused_by_name():
+    module = fo.OptaxModule("polyak_sgd")
+    with pytest.raises(TypeError, match=r"the extra argument 'value' is a function.*use the pure `update"):
+        module.run(TARGET, TARGET, value=lambda params: 1.0)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from functional_optimodules import OptiModule, Regularizer, hyperparameter
-from functional_optimodules.core.numerics import zeros_wide
+from functional_optimodules.numerics import zeros_wide
 
 
 class State(NamedTuple):

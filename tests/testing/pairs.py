@@ -85,3 +85,13 @@ class Unheard(Sending, register=False):
 class Reshaping(Sending, register=False):
     def process(self, aux, state):
         return State(jax.tree.map(lambda k: k[None], state.kept))
+
+
+class ForgettingRound(Sending, register=False):
+    """Where a round begins without the parameters, it forgets to begin it: the sum goes on over rounds."""
+
+    def begin_round(self, state, params=None):
+        return state if params is None else State(jax.tree.map(jnp.zeros_like, state.kept))
+
+    def commit(self, state):
+        return state

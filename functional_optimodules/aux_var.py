@@ -1,0 +1,208 @@
+"""Auxiliary variables: what a brick tells its counterpart on the other side.
+
+A pair of bricks declares one type per direction. Its annotated fields are the
+variables; their annotations say the rest:
+
+    class Report(FromClients):          # what each client sends
+        delta: Params                   # shaped like the parameters; summed over clients
+        steps: Max[Scalar]              # one number; the largest of the clients'
+
+    class Directive(FromServer):        # what the server sends
+        variate: Params                 # the same to every client
+        rate: PerClient[Scalar]         # one for each client, along a leading axis
+
+The types are pytrees, so that they go through `jit`, `vmap` and `psum`. The
+reduction over clients is a sum, a maximum or a minimum, field by field: the
+order and the grouping of the clients do not matter.
+"""
+
+import dataclasses
+import enum
+import functools
+import typing
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Self, TypeAlias, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+
+from functional_optimodules.types import PyTree
+
+T = TypeVar("T")
+
+
+class Reduction(enum.Enum):
+    """How a variable of clients becomes the server's."""
+
+    SUM = "sum"
+    MAX = "max"
+    MIN = "min"
+
+    def merge(self, left: PyTree, right: PyTree) -> PyTree:
+        """Reduce the values of two (groups of) clients."""
+        function = {Reduction.SUM: jnp.add, Reduction.MAX: jnp.maximum, Reduction.MIN: jnp.minimum}[self]
+        return jax.tree.map(function, left, right)
+
+    def neutral(self, like: PyTree) -> PyTree:
+        """Return values, of such shapes and dtypes, that change nothing when merged with others."""
+
+        def make(leaf: jax.Array) -> jax.Array:
+            if self is Reduction.SUM:
+                return jnp.zeros(leaf.shape, leaf.dtype)
+            info = jnp.finfo(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.iinfo(leaf.dtype)
+            return jnp.full(leaf.shape, info.min if self is Reduction.MAX else info.max, leaf.dtype)
+
+        return jax.tree.map(make, like)
+
+    def across(self, values: PyTree, axis: str) -> PyTree:
+        """Reduce over the devices along an axis of a mesh, within `shard_map`."""
+        function = {Reduction.SUM: jax.lax.psum, Reduction.MAX: jax.lax.pmax, Reduction.MIN: jax.lax.pmin}[self]
+        return jax.tree.map(lambda leaf: function(leaf, axis), values)
+
+
+class _Mark(enum.Enum):
+    SHAPED = "shaped like the parameters"
+    SCALAR = "one number"
+    PER_CLIENT = "one for each client"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+Params: TypeAlias = Annotated[PyTree, _Mark.SHAPED]
+"""The parameters, a pytree of arrays; as a variable, one that is shaped like them."""
+Scalar: TypeAlias = Annotated[jax.Array, _Mark.SCALAR]
+"""A variable that is one number."""
+
+if TYPE_CHECKING:  # each is its variable's own type; what it adds is read when the class is declared
+    Max = Annotated[T, Reduction.MAX]
+    Min = Annotated[T, Reduction.MIN]
+    PerClient = Annotated[T, _Mark.PER_CLIENT]
+else:  # classes, for `help` to show their own words
+
+    class Max:
+        """`Max[Scalar]`: a variable of clients of which the server gets the largest, element by element."""
+
+        def __class_getitem__(cls, variable):
+            return Annotated[variable, Reduction.MAX]
+
+    class Min:
+        """`Min[Scalar]`: a variable of clients of which the server gets the smallest, element by element."""
+
+        def __class_getitem__(cls, variable):
+            return Annotated[variable, Reduction.MIN]
+
+    class PerClient:
+        """`PerClient[Scalar]`: a variable with a leading axis of clients on the server's side, without it on theirs."""
+
+        def __class_getitem__(cls, variable):
+            return Annotated[variable, _Mark.PER_CLIENT]
+
+
+class Variable(NamedTuple):
+    """What a field's annotation says of it.
+
+    Attributes:
+      shaped: whether it is shaped like the parameters.
+      scalar: whether it is one number.
+      per_client: whether it has a leading axis of clients on the server's side.
+      reduction: how the clients' values become one.
+    """
+
+    shaped: bool
+    scalar: bool
+    per_client: bool
+    reduction: Reduction
+
+    @classmethod
+    def of(cls, marks: tuple[object, ...]) -> Self:
+        """Read the marks of an annotation."""
+        reduction = next((mark for mark in marks if isinstance(mark, Reduction)), Reduction.SUM)
+        return cls(_Mark.SHAPED in marks, _Mark.SCALAR in marks, _Mark.PER_CLIENT in marks, reduction)
+
+
+@dataclass_transform(frozen_default=True)
+class AuxVar:
+    """Base of `FromClients` and `FromServer`."""
+
+    sender: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if AuxVar not in cls.__bases__:
+            dataclasses.dataclass(frozen=True)(cls)
+            jax.tree_util.register_dataclass(cls)
+
+    @classmethod
+    @functools.cache
+    def variables(cls) -> Mapping[str, Variable]:
+        """Return what the annotation of each field says.
+
+        Raises:
+          TypeError: if a field is marked in two ways that exclude each other.
+        """
+        hints = typing.get_type_hints(cls, include_extras=True)
+        found = {}
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            marks = getattr(hints[field.name], "__metadata__", ())
+            ways = [mark for mark in marks if isinstance(mark, Reduction) or mark is _Mark.PER_CLIENT]
+            reduced = any(isinstance(mark, Reduction) for mark in ways)
+            if len(ways) > 1 or (reduced and cls.sender == "server"):
+                raise TypeError(f"{cls.__name__}: {field.name} cannot be reduced as {sorted(map(str, ways))}")
+            found[field.name] = Variable.of(marks)
+        return found
+
+    @classmethod
+    def is_per_client(cls) -> bool:
+        """Whether any variable has a leading axis of clients on the server's side."""
+        return any(variable.per_client for variable in cls.variables().values())
+
+    def map_shaped(self, function: Callable[[PyTree], PyTree]) -> Self:
+        """Apply a function to each variable that is shaped like the parameters."""
+        return self._with({name: function(tree) for name, tree in self._of(lambda variable: variable.shaped).items()})
+
+    def map_per_client(self, function: Callable[[jax.Array], jax.Array]) -> Self:
+        """Apply a function to each array of the variables that have a leading axis of clients."""
+        own = self._of(lambda variable: variable.per_client)
+        return self._with({name: jax.tree.map(function, tree) for name, tree in own.items()})
+
+    def _of(self, chosen: Callable[[Variable], bool]) -> dict[str, PyTree]:
+        return {name: getattr(self, name) for name, variable in self.variables().items() if chosen(variable)}
+
+    def _with(self, values: Mapping[str, PyTree]) -> Self:
+        return dataclasses.replace(self, **values)  # type: ignore[type-var]
+
+
+class FromServer(AuxVar):
+    """What the server sends to clients: broadcast, except for `PerClient` fields."""
+
+    sender: ClassVar[str] = "server"
+
+    def narrow(self, index: int | jax.Array) -> Self:
+        """Return what the client of that index is sent: its own values of `PerClient` fields."""
+        return self.map_per_client(lambda leaf: leaf[index])
+
+
+class FromClients(AuxVar):
+    """What each client sends to the server, which gets it reduced over clients.
+
+    A field is summed unless it is annotated as `Max` or `Min`. One annotated as
+    `PerClient` reaches the server with a leading axis of clients, zero for those
+    that sent nothing.
+    """
+
+    sender: ClassVar[str] = "client"
+
+    def merge(self, other: Self) -> Self:
+        """Reduce the variables of two (groups of) clients into one."""
+        return self._with(
+            {name: v.reduction.merge(getattr(self, name), getattr(other, name)) for name, v in self.variables().items()}
+        )
+
+    def neutral(self) -> Self:
+        """Return variables, shaped like these, that change nothing when merged with others."""
+        return self._with({name: v.reduction.neutral(getattr(self, name)) for name, v in self.variables().items()})
+
+    def widen(self, index: int | jax.Array, num_clients: int) -> Self:
+        """Give the `PerClient` fields their leading axis, with this client's value at its index."""
+        return self.map_per_client(lambda leaf: jnp.zeros((num_clients, *leaf.shape), leaf.dtype).at[index].set(leaf))

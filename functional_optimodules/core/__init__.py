@@ -1,1 +1,0 @@
-"""The contracts: plug-ins, bricks, schedulers, their facade, and their JSON forms."""

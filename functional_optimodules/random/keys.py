@@ -1,0 +1,93 @@
+"""Keys for bricks that draw random numbers: where they come from, and what their generators are saved as."""
+
+import contextlib
+import secrets
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from functional_optimodules.random.chacha import CHACHA20
+from functional_optimodules.types import PyTree
+
+_GENERATORS = {"chacha20": CHACHA20}
+_abstract: ContextVar[bool] = ContextVar("abstract", default=False)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Let `make_key` be traced without a seed, where only shapes are asked for."""
+    token = _abstract.set(True)
+    try:
+        yield
+    finally:
+        _abstract.reset(token)
+
+
+def make_key(seed: int | None, params: PyTree, owner: str, impl: Any = None) -> jax.Array:
+    """Make a typed PRNG key from a seed, or from the operating system's entropy.
+
+    Args:
+      seed: the seed, or `None` for entropy.
+      params: what the state is made for, which tells whether it is being traced.
+      owner: how an error names who asks.
+      impl: the generator, as `jax.random.key` takes it; JAX's default if `None`.
+
+    Raises:
+      RuntimeError: if entropy is asked for while tracing. A compiled program
+        would hold the drawn number as a constant, and repeat it at each call.
+    """
+    words = secrets.randbits(31) if seed is None else seed
+    key = jax.random.key(words, impl=impl)
+    if seed is not None or _abstract.get():
+        return key
+    # Under vmap the key itself is not traced, and would be the same for all.
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in (key, *jax.tree.leaves(params))):
+        raise RuntimeError(
+            f"{owner}: seed=None takes a key from the operating system, which a traced program cannot: "
+            "call `init` outside of jit, vmap and scan, or give a seed"
+        )
+    return _mix(key)
+
+
+def _mix(key: jax.Array) -> jax.Array:
+    # A seed has 32 bits: fill the whole key with entropy instead.
+    data = jax.random.key_data(key)
+    words = [secrets.randbits(32) for _ in range(data.size)]
+    fresh = jnp.array(words, jnp.uint32).reshape(data.shape)
+    return jax.random.wrap_key_data(fresh, impl=jax.random.key_impl(key))
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether an array, or its spec, is of typed PRNG keys."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def generator_name(keys: Any) -> str:
+    """Return the name that the generator of keys is saved under.
+
+    Raises:
+      TypeError: if it has none.
+    """
+    generator = jax.random.key_impl(keys)
+    for name, own in _GENERATORS.items():
+        if generator == own:
+            return name
+    if isinstance(generator, str):
+        return generator
+    raise TypeError(f"keys of {generator} cannot be saved: JAX knows their generator by no name")
+
+
+def generator_named(name: str, what: str) -> tuple[Any, tuple[int, ...]]:
+    """Return a generator by its name, as `jax.random.key` takes it, and the shape of a key's words.
+
+    Raises:
+      ValueError: if there is none of that name; `what` is how it names who asks.
+    """
+    generator: Any = _GENERATORS.get(name, name)
+    try:
+        return generator, jax.random.key_data(jax.random.key(0, impl=generator)).shape
+    except (TypeError, ValueError):
+        raise ValueError(f"{what}: {name!r} is no generator of random numbers that JAX has") from None

@@ -1,0 +1,1 @@
+"""The stateful side of bricks: what is remembered between calls, compiled, saved and exchanged."""

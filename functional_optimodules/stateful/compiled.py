@@ -1,0 +1,119 @@
+"""The methods of a brick, compiled, with the checks of the caller's trees that belong in the trace.
+
+Equal bricks share one entry, which holds a brick without facade: no state is
+kept alive by it. What is checked while tracing costs nothing in later calls.
+"""
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any, Generic
+
+import jax
+import jax.numpy as jnp
+
+from functional_optimodules.aux_var import Params
+from functional_optimodules.packing.adapter import Adapter, adapted
+from functional_optimodules.packing.tree import shapes
+from functional_optimodules.random.keys import shapes_only
+from functional_optimodules.stateful.dependence import reads_values
+from functional_optimodules.types import PyTree, State, Updates
+from functional_optimodules.wire.layout import Layout
+from functional_optimodules.wire.paths import Specs
+
+if TYPE_CHECKING:
+    from functional_optimodules.brick import Brick
+
+# What is allocated on the word of a message, before there are parameters.
+_MOST_BYTES = 2**32
+
+
+@functools.lru_cache(maxsize=512)
+def compiled(adapter: Adapter[State]) -> "Compiled[State]":
+    """Return the compiled methods of a brick as it acts on some parameters, the same for equal ones."""
+    return Compiled(adapter)
+
+
+@functools.lru_cache(maxsize=512)
+def layout_of(brick: "Brick", specs: Specs) -> Layout:
+    """Return which parts of a brick's state are shaped like its parameters."""
+    with shapes_only():
+        return Layout(jax.eval_shape(adapted(brick).init, specs.by_path))
+
+
+@functools.lru_cache(maxsize=512)
+def starts_from_values(brick: "Brick", specs: Specs) -> bool:
+    """Whether a new state depends on the parameters' values, and not on their shapes alone."""
+    return reads_values(adapted(brick).init, specs.by_path)
+
+
+class Compiled(Generic[State]):
+    """The compiled methods of a brick. Only `step` and `apply` donate, and only what they name."""
+
+    def __init__(self, adapter: Adapter[State]) -> None:
+        self.adapter = adapter
+        self.owner = type(adapter.brick).__name__
+        self.step = jax.jit(self._step, static_argnums=0, donate_argnums=1)
+        self.apply = jax.jit(self._apply, static_argnums=0, donate_argnums=1)
+        self.apply_donated = jax.jit(self._apply, static_argnums=0, donate_argnums=(1, 2))
+        self.begin_round = jax.jit(adapter.begin_round)
+        self.commit = jax.jit(adapter.commit)
+        self.collect = jax.jit(adapter.collect)
+        self.process = jax.jit(adapter.process)
+
+    # Of what is donated, the state comes first, and so it does in what is returned: JAX pairs
+    # donated buffers with outputs of their shape in order, and XLA copies where pairs cross.
+
+    def _step(
+        self, specs: Specs, state: State, gradients: Updates, params: Params, extra_args: dict[str, PyTree]
+    ) -> tuple[State, Updates]:
+        self._require(specs, gradients, params)
+        output, new = self.adapter.update(gradients, state, params, **extra_args)
+        return new, output
+
+    def _apply(
+        self, specs: Specs, state: State, params: Params, gradients: Updates, extra_args: dict[str, PyTree]
+    ) -> tuple[State, Params]:
+        self._require(specs, gradients, params)
+        applied, new = self.adapter.apply(gradients, state, params, **extra_args)
+        return new, applied
+
+    def _require(self, specs: Specs, gradients: Updates, params: Params) -> None:
+        specs.require_tree(shapes(gradients), f"{self.owner}: the tree of gradients")
+        if params is not None:
+            specs.require_tree(shapes(params), f"{self.owner}: the tree of parameters")
+
+    def init(self, specs: Specs, params: Params, identity: int | None = None) -> State:
+        """Make the state, of buffers that are nobody else's, so that it can be donated."""
+        adapter, brick = self.adapter, self.adapter.brick
+        state = adapter.init(adapter.hold(params) if starts_from_values(brick, specs) else adapter.blank(params))
+        if identity is not None:
+            state = adapter.fold_in(state, identity)
+        taken = {id(leaf) for leaf in jax.tree.leaves(params)}
+
+        def own(leaf: Any) -> jax.Array:
+            leaf = jnp.array(leaf) if id(leaf) in taken or not isinstance(leaf, jax.Array) else leaf
+            taken.add(id(leaf))
+            return leaf
+
+        return jax.tree.map(own, state)
+
+    def init_from_specs(self, specs: Specs) -> State:
+        """Make the state before the parameters are known.
+
+        Raises:
+          ValueError: if the state depends on the parameters' values.
+        """
+        if starts_from_values(self.adapter.brick, specs):
+            raise ValueError(
+                f"the state of {self.owner} starts from the parameters' values: call `setup(params)` first"
+            )
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in specs.leaves)
+        if size > _MOST_BYTES:
+            raise ValueError(f"{self.owner}: the parameters would take {size} bytes: call `setup(params)` first")
+        zeros = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in specs.by_path.items()}
+        return self.init(specs, specs.tree(zeros))
+
+    def model(self, params: Params) -> State:
+        """Return the shapes of the state that parameters get, in the form that the brick holds."""
+        with shapes_only():
+            return jax.eval_shape(self.adapter.init, params)

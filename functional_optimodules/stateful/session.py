@@ -1,0 +1,323 @@
+"""What the facade of a plug-in remembers between calls, and how it changes.
+
+Every method either succeeds or leaves the session as it was: what it computes is
+remembered at its end, all at once. A step donates the session's own state and
+nothing else.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from functional_optimodules.aux_var import Params
+from functional_optimodules.numerics import is_finite
+from functional_optimodules.packing.adapter import adapted, fitted
+from functional_optimodules.packing.tree import shapes, unpack
+from functional_optimodules.stateful import exchange
+from functional_optimodules.stateful.compiled import Compiled, compiled, layout_of, starts_from_values
+from functional_optimodules.stateful.leaves import NUMBERS, any_traced, leaf_types, traced
+from functional_optimodules.stateful.placement import Placed, any_sharded
+from functional_optimodules.types import Json, PyTree, Updates
+from functional_optimodules.wire.paths import ParamsNeeded, Specs
+
+if TYPE_CHECKING:
+    from functional_optimodules.brick import Brick
+
+
+class Fit(NamedTuple):
+    """What a state was made for.
+
+    Attributes:
+      specs: the parameters' container, paths, shapes and dtypes.
+      compiled: the brick as it acts on them.
+    """
+
+    specs: Specs
+    compiled: Compiled
+
+
+class Memory(NamedTuple):
+    """All that is remembered.
+
+    Attributes:
+      fit: what the state was made for, or `None` while nothing is known of the parameters.
+      state: the brick's state, in the form that it holds.
+      rounds_begun: how many rounds were begun that wait for a state, or for the
+        parameters, and so for the next step.
+      message_out: whether a message was collected that is neither committed nor retracted.
+      clients: on a server, the clients heard of, in order; their place is their index.
+      round: on a server, whether the round of the next step was begun: by its caller,
+        or by the broadcast that was sent.
+    """
+
+    fit: Fit | None = None
+    state: PyTree = None
+    rounds_begun: int = 0
+    message_out: bool = False
+    clients: tuple[str, ...] = ()
+    round: Literal["begun", "sent"] | None = None
+
+    def committed(self) -> PyTree:
+        """Return the state once what was sent has arrived."""
+        return self.fit.compiled.commit(self.state) if self.fit is not None and self.message_out else self.state
+
+
+class Session:
+    """The stateful side of one plug-in.
+
+    Args:
+      brick: the plug-in as a brick, without a facade's state.
+      owner: how errors name it; by its class if not given.
+      pure: what errors say to use in its place under a trace.
+
+    Attributes:
+      memory: what is remembered. It is replaced, in one place, and never changed.
+    """
+
+    def __init__(self, brick: "Brick", owner: str = "", pure: str = "`update(updates, state, params)`") -> None:
+        self.brick = brick
+        self.owner = owner or type(brick).__name__
+        self.pure = pure
+        self.memory = Memory()
+        try:
+            self.plain: Compiled = compiled(adapted(brick))
+        except TypeError as error:
+            raise TypeError(
+                f"{self.owner}: the facade needs hyper-parameters that are hashable and not traced ({error}): "
+                f"use the pure {pure}"
+            ) from error
+
+    def _remember(self, memory: Memory, output: PyTree = None) -> None:
+        # Whatever a compiled function makes under a trace is traced: one leaf tells, and the state has fewer.
+        leaves = jax.tree.leaves(memory.state)
+        if traced(leaves if output is None else (leaves or jax.tree.leaves(output))[:1]):
+            raise self._under_trace()
+        self.memory = memory
+
+    def _under_trace(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self.owner}: the facade keeps its state outside of JAX and cannot be called under jit, grad, vmap or "
+            f"scan: use the pure {self.pure} there"
+        )
+
+    @property
+    def _specs(self) -> Specs | None:
+        return None if self.memory.fit is None else self.memory.fit.specs
+
+    def _hung(self, like: PyTree, params: Params, identity: int | None = None) -> Memory:
+        """Return the memory with the state over a container like the parameters', made if there is none."""
+        if traced(like):
+            raise self._under_trace()
+        memory, specs = self.memory, Specs.of(shapes(like))
+        adapter, sharded = fitted(self.brick, like), any_sharded(like)
+        if memory.fit is None:
+            if params is None and starts_from_values(self.brick, specs):
+                raise ValueError(f"{self.owner}: the state starts from the parameters' values: pass `params`")
+            if not sharded:
+                new = compiled(adapter)
+                return memory._replace(fit=Fit(specs, new), state=new.init(specs, like, identity))
+            state = self.plain.init(specs, unpack(like), identity)
+        else:
+            memory.fit.specs.require_same(specs, f"{self.owner}: the tree of parameters")
+            if memory.fit.specs.hung and memory.fit.specs != specs:
+                raise ValueError(f"{self.owner}: the parameters are in another container than before: {specs.treedef}")
+            state = memory.fit.compiled.adapter.portable(memory.state)
+            state = layout_of(self.brick, specs.flat()).rehang(state, memory.fit.specs, specs)
+        if sharded:
+            state = layout_of(self.brick, specs.flat()).place(state, specs, unpack(like))
+        state = adapter.adopt(state, compiled(adapter).model(like))
+        if sharded:
+            adapter = Placed.of(adapter, like, state)
+        return memory._replace(fit=Fit(specs, compiled(adapter)), state=state)
+
+    def _settled(self, memory: Memory, params: Params) -> Memory:
+        """Return the memory with what is outstanding done: what was sent is committed, rounds that wait are begun."""
+        if memory.fit is None or not (memory.message_out or memory.rounds_begun):
+            return memory
+        state = memory.committed()
+        for _ in range(memory.rounds_begun):
+            state = memory.fit.compiled.begin_round(state, params)
+        return memory._replace(state=state, rounds_begun=0, message_out=False)
+
+    def setup(self, params: Params, identity: int | None = None) -> None:
+        """Make the state, or hang the one that there is on the parameters."""
+        if self.memory.fit is not None and identity is not None:
+            raise RuntimeError(f"{self.owner} has a state already: an identity is folded in when it is made")
+        memory = self._hung(params, params, identity)
+        begun = self._settled(memory._replace(message_out=False), params)
+        self._remember(begun._replace(message_out=memory.message_out))
+
+    def step(self, gradients: Updates, params: Params, extra_args: dict[str, PyTree]) -> PyTree:
+        """Run `update` and keep its state."""
+        like = params if params is not None else gradients
+        return self._donate(lambda new: new.step, like, params, gradients, params, extra_args)
+
+    def apply(self, params: Params, gradients: Updates, extra_args: dict[str, PyTree], donate: bool) -> Params:
+        """Run `update`, keep its state, and return the new parameters."""
+        method: Callable[[Compiled], Any] = lambda new: new.apply_donated if donate else new.apply  # noqa: E731
+        return self._donate(method, params, params, params, gradients, extra_args)
+
+    def _donate(self, method: Callable[[Compiled], Any], like: PyTree, params: Params, *args: PyTree) -> PyTree:
+        # Under grad or vmap any one leaf may be the traced one, and the call would donate the state.
+        kinds = leaf_types(args)
+        if any_traced(kinds):
+            raise self._under_trace()
+        if kinds & NUMBERS:
+            args = jax.tree.map(_as_array, args)
+        memory = self.memory
+        if memory.fit is None or not memory.fit.specs.hung:
+            memory = self._hung(like, params)
+        elif not all(map(memory.fit.compiled.adapter.fits, args)):
+            memory = self._hung(next(tree for tree in args if not memory.fit.compiled.adapter.fits(tree)), params)
+        memory = self._settled(memory, params)
+        assert memory.fit is not None
+        specs, new = memory.fit
+        try:
+            state, output = method(new)(specs, memory.state, *args)
+        except Exception as error:
+            if traced(memory.state):
+                raise self._under_trace() from error
+            self._require_arrays(args[-1], error)
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(memory.state)):
+                raise RuntimeError(
+                    f"{self.owner}: the device failed in the middle of a step, and the state given to it is lost: "
+                    "restore a saved one after `reset()`"
+                ) from error
+            raise
+        self._remember(Memory(memory.fit, state, clients=memory.clients), output)
+        return output
+
+    def _require_arrays(self, extra_args: dict[str, PyTree], error: Exception) -> None:
+        for name, value in extra_args.items():
+            if any(map(callable, jax.tree.leaves(value))):
+                raise TypeError(
+                    f"{self.owner}: the extra argument {name!r} is a function, which a compiled step cannot be given: "
+                    "use the pure `update(updates, state, params, ...)`, inside of `jax.jit`"
+                ) from error
+
+    def begin_round(self) -> None:
+        """Begin a round now, or remember that one was begun."""
+        memory = self.memory
+        if memory.round == "sent":  # by the broadcast: it is this round
+            self._remember(memory._replace(round="begun"))
+        else:
+            self._remember(self._begun(memory)._replace(round="begun" if self.brick.serves() else None))
+
+    def _begun(self, memory: Memory) -> Memory:
+        if memory.fit is None:
+            return memory._replace(rounds_begun=memory.rounds_begun + 1)
+        state = memory.committed()
+        try:
+            begun, waiting = memory.fit.compiled.begin_round(state, None), memory.rounds_begun
+        except ParamsNeeded:
+            begun, waiting = state, memory.rounds_begun + 1
+        return memory._replace(state=begun, rounds_begun=waiting, message_out=False)
+
+    def _opened(self, memory: Memory) -> Memory:
+        """Return a server's memory in the round of its next step, which the first message to or from it begins."""
+        if memory.fit is None or memory.round is not None or not self.brick.serves():
+            return memory
+        return self._begun(memory)._replace(round="sent")
+
+    def collect(self) -> dict[str, Json]:
+        """Return the messages by `aux_name`; what they say is committed later."""
+        memory = self._opened(self.memory)
+        if memory.fit is None:
+            return {}
+        specs, new = memory.fit
+        auxes = new.collect(memory.state)
+        if traced(auxes):
+            raise self._under_trace()
+        sent = {name: aux.map_shaped(new.adapter.free) for name, aux in jax.device_get(auxes).items()}
+        messages = exchange.outgoing(sent, specs, memory.clients)
+        self._remember(memory._replace(message_out=memory.message_out or bool(messages)))
+        return messages
+
+    def retract(self) -> None:
+        """Forget that a message is out."""
+        self._remember(self.memory._replace(message_out=False))
+
+    def process(self, messages: Mapping[str, Json]) -> None:
+        """Take messages by `aux_name`."""
+        memory = self.memory
+        received = exchange.incoming(self.brick, messages, self._specs, memory.clients)
+        if received is None:
+            return
+        # The state is made after the messages were read: shapes that their bytes do not bear out get no memory.
+        if memory.fit is None:
+            made = self.plain.init_from_specs(received.specs)
+            memory = self._settled(memory._replace(fit=Fit(received.specs, self.plain), state=made), None)
+        memory = self._opened(memory)
+        before, fit = memory.committed(), memory.fit or Fit(received.specs, self.plain)
+        state = fit.compiled.process(received.auxes, before)
+        if received.senders and not traced(state) and is_finite(before) and not is_finite(state):
+            who = ", ".join(received.senders)
+            raise ValueError(f"{self.owner}: what {who} sent makes the state infinite, or not a number")
+        self._remember(memory._replace(state=state, message_out=False, clients=received.clients))
+
+    def snapshot(self) -> PyTree:
+        """Return a copy of the state, which later steps do not touch."""
+        fit, state = self.memory.fit, jax.tree.map(jnp.copy, self.memory.state)
+        return state if fit is None else fit.compiled.adapter.portable(state)
+
+    def take(self, state: PyTree, specs: Specs) -> None:
+        """Remember a state of the pure methods, over the parameters' own container; `None` for their specs alone."""
+        self.memory = Memory(Fit(specs, self.plain), state)
+
+    def settled(self, params: Params) -> PyTree:
+        """Return the state of the pure methods, with what is outstanding done, over parameters or their shapes."""
+        memory = self.memory
+        if memory.fit is None:
+            raise ValueError(f"{self.owner}: there is nothing to load: no parameters were known when it was saved")
+        known = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+        state = self._settled(memory, unpack(params) if known else None).state
+        adapter = adapted(self.brick, getattr(params, "packing", None))
+        return adapter.adopt(state, compiled(adapter).model(params))
+
+    def save(self) -> dict[str, Json]:
+        """Return everything that is remembered as JSON values."""
+        memory, variables = self.memory, None
+        if memory.fit is not None:
+            # On the host, where nothing is to be compiled for it.
+            state = memory.fit.compiled.adapter.portable(jax.device_get(memory.state))
+            variables = layout_of(self.brick, memory.fit.specs.flat()).encode(state, memory.fit.specs)
+        return {
+            "name": self.brick.state_name(),
+            "params": None if memory.fit is None else memory.fit.specs.to_json(),
+            "variables": variables,
+            "rounds_begun": memory.rounds_begun,
+            "message_out": memory.message_out,
+            "clients": list(memory.clients),
+            **({} if memory.round is None else {"round": memory.round}),
+        }
+
+    def load(self, saved: Json) -> None:
+        """Restore what `save` returned."""
+        read = exchange.read_life(saved, self.brick.state_name(), self.owner)
+        fit, state = self.memory.fit, None
+        if read.specs is not None:
+            if fit is not None:
+                fit.specs.require_same(read.specs, f"{self.owner}: the state")
+            specs = read.specs if fit is None else fit.specs
+            state = layout_of(self.brick, specs.flat()).decode(saved["variables"], specs, self.owner)
+            if traced(jax.tree.leaves(state)[:1]):
+                raise self._under_trace()
+            if fit is None:
+                fit = Fit(specs, self.plain)
+            elif self.memory.state is not None:
+                state = fit.compiled.adapter.adopt(state, self.memory.state)
+                state = jax.tree.map(_beside, state, self.memory.state)
+        self._remember(
+            Memory(fit if read.specs else None, state, read.rounds_begun, read.message_out, read.clients, read.round)
+        )
+
+
+def _beside(new: jax.Array, old: jax.Array) -> jax.Array:
+    return new if new.sharding == old.sharding else jax.device_put(new, old.sharding)
+
+
+def _as_array(leaf: Any) -> Any:
+    # A number would be traced again where there was an array, as it promotes otherwise.
+    return jnp.array(leaf, jnp.result_type(leaf)) if type(leaf) in NUMBERS else leaf

@@ -1,0 +1,29 @@
+"""What signatures speak of."""
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    State = TypeVar("State", default=Any)
+else:
+    from typing import TypeVar
+
+    State = TypeVar("State")
+
+PyTree: TypeAlias = Any
+"""A pytree of arrays: dicts, lists, dataclasses, `nnx.State`, in any nesting."""
+Updates: TypeAlias = object
+"""Gradients, or what bricks made of them: a pytree shaped like the parameters.
+
+It is not `Any`, for a type checker to see where an `update` returns them alone.
+"""
+Json: TypeAlias = Any
+"""A value that `json.dumps` takes: `None`, a bool, number or string, or lists and dicts with string keys of these."""
+HostArray: TypeAlias = np.ndarray[Any, Any]
+"""An array of NumPy, of any shape and dtype."""
+Leaf: TypeAlias = jax.Array | HostArray | jax.ShapeDtypeStruct
+"""An array, or what describes one by shape and dtype."""

@@ -1,0 +1,113 @@
+"""Arrays as JSON, bit by bit, for every dtype that JAX has.
+
+An array is `{"dtype": name, "shape": sizes, "data": base64}`, of its
+little-endian bytes; an array of PRNG keys has `key:` and the generator's name
+for a dtype. Nothing is trusted when read: sizes are checked against the bytes
+that are there before any array is made.
+"""
+
+import binascii
+import functools
+import math
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from functional_optimodules.random.keys import generator_name, generator_named, is_key
+from functional_optimodules.types import HostArray, Json
+from functional_optimodules.wire.paths import Spec, read_dtype, read_shape
+
+KEY = "key:"
+# NumPy takes longer to name a dtype than to encode a small array.
+_name: Callable[[Any], str] = functools.cache(str)
+
+
+def encode_array(array: jax.Array | HostArray) -> dict[str, Json]:
+    """Write an array as JSON values."""
+    if is_key(array):
+        payload = encode_array(jax.random.key_data(array))
+        return {**payload, "dtype": f"{KEY}{generator_name(array)}", "shape": list(array.shape)}
+    values = np.asarray(array)
+    if sys.byteorder == "big":
+        values = values.byteswap()
+    raw = np.ascontiguousarray(values).view(np.uint8).data if values.size else b""
+    data = str(binascii.b2a_base64(raw, newline=False), "ascii")
+    return {"dtype": _name(values.dtype), "shape": list(values.shape), "data": data}
+
+
+def decode_array(payload: Json, what: str) -> jax.Array:
+    """Read what `encode_array` wrote.
+
+    Args:
+      payload: the JSON values.
+      what: how errors name the array.
+
+    Raises:
+      ValueError: if the dtype is unknown, the shape malformed, the base64
+        wrong, or the number of bytes not that of the shape.
+    """
+    if not isinstance(payload, Mapping) or set(payload) != {"dtype", "shape", "data"}:
+        found = sorted(payload) if isinstance(payload, Mapping) else type(payload).__name__
+        raise ValueError(f"{what} should be an array (dtype, shape, data), not {found}")
+    shape = read_shape(payload["shape"], what)
+    name = payload["dtype"]
+    if isinstance(name, str) and name.startswith(KEY):
+        return _decode_keys(name.removeprefix(KEY), shape, payload["data"], what)
+    return _put(_decode_values(read_dtype(name, what), shape, payload["data"], what))
+
+
+# On the CPU, `device_put` takes memory that is so aligned over rather than copy it, `may_alias` or not, and what is not
+# JAX's own cannot be donated in place. `jnp.array` always copies, a large array twice, but costs less per call.
+_ALIGNMENT, _LARGE = 64, 2**16
+
+
+def _put(values: HostArray) -> jax.Array:
+    aligned = values.ctypes.data % _ALIGNMENT == 0
+    return jnp.array(values) if aligned or values.nbytes < _LARGE else jax.device_put(values)
+
+
+def _decode_values(dtype: Any, shape: tuple[int, ...], data: Json, what: str) -> HostArray:
+    try:
+        raw = binascii.a2b_base64(data, strict_mode=True)
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise ValueError(f"{what}: 'data' is not base64 ({error})") from None
+    expected = math.prod(shape) * dtype.itemsize
+    if len(raw) != expected:
+        raise ValueError(f"{what}: {len(raw)} bytes, where {dtype}{list(shape)} takes {expected}")
+    if dtype == np.bool_ and raw.translate(None, b"\0\1"):
+        raise ValueError(f"{what}: a boolean is a byte of 0 or 1")
+    values = np.frombuffer(raw, dtype).reshape(shape)
+    return values.byteswap() if sys.byteorder == "big" else values
+
+
+def _decode_keys(name: str, shape: tuple[int, ...], data: Json, what: str) -> jax.Array:
+    generator, words = generator_named(name, what)
+    values = _decode_values(np.dtype(np.uint32), shape + words, data, what)
+    return jax.random.wrap_key_data(_put(values), impl=generator)
+
+
+def decode_like(payload: Json, like: Spec, what: str) -> jax.Array:
+    """Read an array of a known shape and dtype, which are checked before its bytes are read.
+
+    Raises:
+      ValueError: if the array is malformed, or not of that shape and dtype.
+    """
+    if isinstance(payload, Mapping):
+        if payload.get("shape") != list(like.shape):
+            raise ValueError(f"{what} has shape {payload.get('shape')!r}: expected {list(like.shape)}")
+        if not is_key(like) and payload.get("dtype") != _name(like.dtype):
+            raise ValueError(f"{what} has dtype {payload.get('dtype')!r}: expected {str(like.dtype)!r}")
+    array = decode_array(payload, what)
+    if array.dtype != like.dtype:
+        raise ValueError(f"{what} has dtype {payload['dtype']!r}: expected keys of {like.dtype}")
+    return array
+
+
+def is_sharded(leaf: Any) -> bool:
+    """Whether an array is laid out over a mesh of devices."""
+    return isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding)

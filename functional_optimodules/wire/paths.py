@@ -1,0 +1,245 @@
+"""Parameter trees by path: what a state or a message needs to know of the model.
+
+A path is a leaf's key path joined by `/`, as in `encoder/0/kernel`. Two
+containers with the same paths hold the same parameters, be they dicts, tuples,
+dataclasses or `nnx.State`.
+"""
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import DictKey, PyTreeDef
+
+from functional_optimodules.types import Json, PyTree
+
+Spec = jax.ShapeDtypeStruct
+
+
+class ParamsNeeded(ValueError):
+    """The parameters' values are needed, and were not given."""
+
+
+class PathTree(dict[str, PyTree]):
+    """A flat dict keyed by path: the container of parameters whose own is not known yet.
+
+    It is a pytree of its own type, so that the parameter-shaped parts of a
+    state made over it can be told from the state's other parts.
+    """
+
+
+jax.tree_util.register_pytree_with_keys(
+    PathTree,
+    lambda tree: ([(DictKey(path), tree[path]) for path in sorted(tree)], tuple(sorted(tree))),
+    lambda paths, leaves: PathTree(zip(paths, leaves, strict=True)),
+    flatten_func=lambda tree: ([tree[path] for path in sorted(tree)], tuple(sorted(tree))),
+)
+
+
+def is_path_tree(node: PyTree) -> bool:
+    """Whether a node is a `PathTree`; an `is_leaf` for `jax.tree` functions."""
+    return isinstance(node, PathTree)
+
+
+def keystr(path: Iterable[Any]) -> str:
+    """Write a key path as `encoder/0/kernel`."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def _variable() -> Any:
+    """Return the class that `flax.nnx` wraps leaves in; a tree can only hold such if it was imported."""
+    nnx = sys.modules.get("flax.nnx")
+    return () if nnx is None else nnx.Variable
+
+
+def unwrapped(tree: PyTree) -> Any:
+    """Return a tree without the wrappers that `flax.nnx` puts around leaves."""
+    wrapper = _variable()
+    is_wrapper: Callable[[Any], bool] = lambda node: isinstance(node, wrapper)  # noqa: E731
+    return jax.tree.map(lambda node: jax.tree.leaves(node)[0] if is_wrapper(node) else node, tree, is_leaf=is_wrapper)
+
+
+def leaf_paths(tree: PyTree) -> list[str]:
+    """Return the path of each leaf, in the order of `jax.tree.leaves`.
+
+    The wrapper that `flax.nnx.State` puts around its leaves is no part of a path.
+
+    Raises:
+      ValueError: if two paths would be written alike.
+    """
+    wrapper = _variable()
+    paths = []
+    for path, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, wrapper))[0]:
+        if isinstance(node, wrapper):
+            inner = jax.tree_util.tree_flatten_with_path(node)[0]
+            paths += [keystr((*path, *rest[1:])) for rest, _ in inner]
+        else:
+            paths.append(keystr(path))
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(
+            f"two parameters have the path {twice!r}: rename one, for states and messages to tell them apart"
+        )
+    return paths
+
+
+class Specs:
+    """The parameters' container, and the path, shape and dtype of each leaf. Hashable.
+
+    Attributes:
+      treedef: the container.
+      paths: the path of each leaf, in the container's order.
+      leaves: the shape and dtype of each leaf, in the same order.
+    """
+
+    def __init__(self, treedef: PyTreeDef, paths: Iterable[str], leaves: Iterable[Spec]) -> None:
+        self.treedef = treedef
+        self.paths = tuple(paths)
+        self.leaves = tuple(Spec(leaf.shape, leaf.dtype) for leaf in leaves)
+        self._key = (treedef, self.paths, self.leaves)
+        self._hash = hash(self._key)
+
+    @classmethod
+    def of(cls, tree: PyTree) -> "Specs":
+        """Return the specs of a tree of arrays, numbers or `ShapeDtypeStruct`s."""
+        leaves, treedef = jax.tree.flatten(tree)
+        paths = leaf_paths(tree)
+        return cls(treedef, paths, [_spec_of(leaf, path) for path, leaf in zip(paths, leaves, strict=True)])
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Specs) and self._key == other._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def by_path(self) -> PathTree:
+        """The specs of the leaves, keyed by path."""
+        return PathTree(zip(self.paths, self.leaves, strict=True))
+
+    @functools.cached_property
+    def hung(self) -> bool:
+        """Whether the container is the parameters' own, and not a `PathTree`."""
+        return self.treedef != jax.tree.structure(self.by_path)
+
+    def flat(self) -> "Specs":
+        """Return the same parameters in a `PathTree`."""
+        return Specs.of(self.by_path)
+
+    def tree(self, by_path: Mapping[str, Any]) -> Any:
+        """Put leaves keyed by path into the container."""
+        return jax.tree.unflatten(self.treedef, [by_path[path] for path in self.paths])
+
+    def leaves_of(self, tree: PyTree) -> list[Any]:
+        """Return the leaves of a tree in this container, in the order of `paths`."""
+        treedef: Any = self.treedef
+        leaves: list[Any] = treedef.flatten_up_to(tree)
+        return leaves
+
+    def to_json(self) -> dict[str, PyTree]:
+        """Write the specs as `{path: {"dtype": ..., "shape": [...]}}`."""
+        return {
+            path: {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
+            for path, leaf in sorted(zip(self.paths, self.leaves, strict=True))
+        }
+
+    def require_same(self, other: "Specs", what: str) -> None:
+        """Raise a `ValueError` naming the first leaf in which the other's parameters differ."""
+        mine, theirs = self.by_path, other.by_path
+        for path in sorted(mine.keys() | theirs.keys()):
+            if path not in theirs:
+                raise ValueError(f"{what} lacks the leaf {path!r}: expected {show(mine[path])}")
+            if path not in mine:
+                raise ValueError(f"{what} has a leaf {path!r} ({show(theirs[path])}) where none was expected")
+            if show(mine[path]) != show(theirs[path]):
+                raise ValueError(f"{what} has {show(theirs[path])} at {path!r}: expected {show(mine[path])}")
+
+    def _batched(self, leaves: list[Any]) -> bool:
+        return len({leaf.shape[:1] for leaf in leaves}) == 1 and all(
+            leaf.ndim == len(spec.shape) + 1 and leaf.shape[1:] == spec.shape
+            for leaf, spec in zip(leaves, self.leaves, strict=True)
+        )
+
+    def require_tree(self, tree: PyTree, what: str) -> None:
+        """Raise a `ValueError` if a tree's container or leaves differ from these specs."""
+        leaves, treedef = jax.tree.flatten(tree)
+        if treedef == self.treedef and all(
+            leaf.shape == spec.shape and leaf.dtype == spec.dtype
+            for leaf, spec in zip(leaves, self.leaves, strict=True)
+        ):
+            return
+        try:
+            self.require_same(Specs.of(tree), what)
+        except ValueError as error:
+            if treedef == self.treedef and self._batched(leaves):
+                raise ValueError(
+                    f"{error}. Every leaf has a leading axis of {leaves[0].shape[0]}: of gradients of each example "
+                    "give the mean, or map the pure `update` over them by `jax.vmap`"
+                ) from None
+            raise
+        raise ValueError(f"{what} is in another container than before: {treedef}, expected {self.treedef}")
+
+
+def _spec_of(leaf: Any, path: str) -> Any:
+    if isinstance(leaf, Spec | jax.Array):
+        return leaf
+    # NumPy arrays and Python numbers take the dtype that JAX would give them.
+    try:
+        return jax.eval_shape(jnp.asarray, leaf)
+    except TypeError:
+        raise TypeError(f"parameters and gradients are trees of arrays: at {path!r} there is {leaf!r}") from None
+
+
+def show(spec: Any) -> str:
+    """Write a shape and dtype as `float32[3,4]`."""
+    return f"{spec.dtype}[{','.join(map(str, spec.shape))}]"
+
+
+def specs_from_json(payload: Json, what: str) -> Specs:
+    """Read what `Specs.to_json` wrote, over a `PathTree`.
+
+    Raises:
+      ValueError: if it is malformed; the error names the path.
+    """
+    if not isinstance(payload, Mapping):
+        raise ValueError(f"{what}: 'params' should map each path to a dtype and a shape, not {payload!r}")
+    leaves = PathTree()
+    for path, spec in payload.items():
+        if not isinstance(spec, Mapping) or set(spec) != {"dtype", "shape"}:
+            raise ValueError(f"{what}: 'params' at {path!r} should have a dtype and a shape, not {spec!r}")
+        leaves[path] = Spec(
+            read_shape(spec["shape"], f"{what} at {path!r}"), read_dtype(spec["dtype"], f"{what} at {path!r}")
+        )
+    return Specs.of(leaves)
+
+
+_MOST_AXES = 64
+
+
+def read_shape(shape: Any, what: str) -> tuple[int, ...]:
+    """Check a shape read from JSON."""
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"{what}: shape {shape!r} should be a list of non-negative integers")
+    if len(shape) > _MOST_AXES:
+        raise ValueError(f"{what}: a shape of {len(shape)} axes, where NumPy has at most {_MOST_AXES}")
+    if math.prod(max(size, 1) for size in shape) > 2**40:
+        raise ValueError(f"{what}: shape {shape!r} is larger than any array that could be meant")
+    return tuple(shape)
+
+
+def read_dtype(name: Any, what: str) -> Any:
+    """Check the name of a dtype read from JSON."""
+    try:
+        # NumPy would parse any other string as a description of records.
+        dtype = jnp.dtype(name) if isinstance(name, str) and name in vars(jnp) else None
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name != name:
+        raise ValueError(f"{what}: {name!r} is no dtype that JAX has")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"{what}: {name} needs JAX's 64-bit mode: set jax_enable_x64")
+    return dtype
