@@ -1,133 +1,23 @@
-"""The contract of bricks: what an author writes, as pure functions over pytrees.
+"""Bricks: the contract that an author fills in, with the stateful side that comes for free."""
 
-    Init(params) -> state
-    Step(updates, state, params) -> updates, state
-    Round(state) -> state
-    Send(state) -> aux;  once delivered: Commit(state) -> state
-    Receive(aux, state) -> state
-
-Each may be called under `jit`, `vmap`, `scan` and `shard_map`, and reads nothing but
-the hyper-parameters and its arguments.
-"""
-
-import abc
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Generic
+from typing import Any, ClassVar
 
-import jax
 import optax
 
-from functional_optimodules.aux_var import AuxVar, FromClients, Params
+from functional_optimodules.aux_var import Params
 from functional_optimodules.packing.adapter import adapted
-from functional_optimodules.random.keys import is_key
-from functional_optimodules.stateful.dependence import restarted
 from functional_optimodules.stateful.facade import AUX_FACADE, CONFIG, FACADE, Facade
 from functional_optimodules.types import Json, PyTree, State, Updates
 
 
-class Brick(Facade, Generic[State], kind="brick"):
+class Brick(Facade[State], kind="brick"):
     """A plug-in that transforms updates, pure and stateful.
 
     `init, update = brick` unpacks it, and it is accepted wherever optax and Flax
     read `.init` and `.update`. The facade of `run` and its kin comes for free.
-
-    Attributes:
-      packable: whether the brick may be given packed trees: it treats elements alike
-        wherever they lie, or goes through `map_parameters`. A class says so in its
-        own body; one that says nothing gets each parameter as the model has it.
     """
-
-    packable: ClassVar[bool] = False
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # What a class says of its methods, it does not say of those that replace them, or that these call.
-        cls.packable = vars(cls).get("packable", False)
-        if "update" in vars(cls):
-            _refuse_optional_arguments(cls)
-
-    @abc.abstractmethod
-    def init(self, params: Params) -> State:
-        """Make the state.
-
-        Args:
-          params: the parameters, a pytree of arrays.
-
-        Returns:
-          A `NamedTuple` of arrays and trees shaped like the parameters, which
-          shares no buffer with them.
-        """
-
-    @abc.abstractmethod
-    def update(
-        self, updates: Updates, state: State, params: Params = None, **extra_args: PyTree
-    ) -> tuple[Updates, State]:
-        """Take a step.
-
-        Args:
-          updates: gradients, or what the brick before made of them. They point
-            uphill: only an `Optimizer` multiplies by minus the learning rate.
-          state: what `init` or the last step returned.
-          params: the parameters, for bricks that need them.
-          **extra_args: what other bricks of a chain need. One that this brick needs
-            is named, keyword-only and without a default: `*, value, **extra_args`.
-
-        Returns:
-          The new updates, of the same dtypes, and the new state.
-        """
-
-    def begin_round(self, state: State, params: Params = None) -> State:
-        """Return the state at the start of a round: unchanged, or as new if `restarts` says so.
-
-        `params` may be `None`: what needs them then waits for the next `update`.
-
-        Raises:
-          ParamsNeeded: a `ValueError`, if it restarts, `init` reads the parameters'
-            values, and they are not given. The facade then begins the round with the
-            parameters of its next step.
-        """
-        return restarted(self, state, params) if self.restarts() else state
-
-    def restarts(self) -> bool:
-        """Whether each round starts from the state that `init` makes: what a field `round_reset` says."""
-        return bool(getattr(self, "round_reset", False))
-
-    def collect(self, state: State) -> AuxVar | Mapping[str, AuxVar] | None:
-        """Return what the counterpart should get, or `None`. Reads only."""
-        return None
-
-    def commit(self, state: State) -> State:
-        """Return what follows once the collected variables are known to have arrived."""
-        return state
-
-    def process(self, aux: Any, state: State) -> State:
-        """Return the state after receiving what the counterpart collected; reduced over clients on the server.
-
-        Raises:
-          NotImplementedError: if the brick receives nothing.
-        """
-        raise NotImplementedError(f"{type(self).__name__} receives no auxiliary variables")
-
-    def fold_in(self, state: State, integer: int | jax.Array) -> State:
-        """Fold an integer into every PRNG key of a state, so that equal bricks draw different numbers."""
-
-        def fold(leaf: jax.Array) -> jax.Array:
-            if not is_key(leaf):
-                return leaf
-            folded = functools.reduce(lambda f, _: jax.vmap(f, (0, None)), range(leaf.ndim), jax.random.fold_in)
-            return folded(leaf, integer)
-
-        return jax.tree.map(fold, state)
-
-    def channels(self) -> Mapping[str, "OptiModule"]:
-        """Return the modules that exchange auxiliary variables, by the name of these."""
-        return {}
-
-    def serves(self) -> bool:
-        """Whether it is a server's: it receives what clients send."""
-        return any(each.receives and issubclass(each.receives, FromClients) for each in self.channels().values())
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         return iter(self.to_optax())
@@ -153,38 +43,10 @@ def _as_optax(brick: Brick) -> optax.GradientTransformationExtraArgs:
 _to_optax = functools.lru_cache(maxsize=512)(_as_optax)
 
 
-def _refuse_optional_arguments(cls: type[Brick]) -> None:
-    for name, parameter in list(inspect.signature(cls.update).parameters.items())[4:]:
-        if parameter.default is not inspect.Parameter.empty:
-            raise TypeError(
-                f"{cls.__name__}.update: the extra argument {name}={parameter.default!r} has a default, which would be "
-                "taken in silence where a wrapper such as `optax.chain` drops extra arguments\n"
-                f"    wrong:  def update(self, updates, state, params=None, *, {name}={parameter.default!r}, **extra)\n"
-                f"    right:  def update(self, updates, state, params=None, *, {name}, **extra)"
-            )
-
-
 class OptiModule(Brick[State], kind="module"):
-    """A brick that transforms gradients, and may exchange auxiliary variables with a counterpart.
+    """A brick that transforms gradients, and may exchange auxiliary variables with a counterpart."""
 
-    Attributes:
-      aux_name: the name that a pair shares, for modules that exchange variables.
-      sends: the type of what `collect` returns.
-      receives: the type of what `process` takes. A module that receives what
-        clients send is a server's.
-    """
-
-    aux_name: ClassVar[str | None] = None
-    sends: ClassVar[type[AuxVar] | None] = None
-    receives: ClassVar[type[AuxVar] | None] = None
     _final: ClassVar[frozenset[str]] = CONFIG | FACADE | AUX_FACADE
-
-    def channels(self) -> "Mapping[str, OptiModule]":
-        return {self.aux_name or self.name: self} if self.sends or self.receives else {}
-
-    def clients(self) -> int | None:
-        """How many clients there are, for a server's module that knows: what a field `num_clients` says."""
-        return getattr(self, "num_clients", None)
 
     def collect_aux_var(self) -> dict[str, Json] | None:
         """Return a message for the counterpart, in JSON values, or `None`; the same again if asked again.

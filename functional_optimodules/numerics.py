@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from functional_optimodules.types import PyTree
 
 
-def wide(array: Any) -> jax.Array:
+def wide(array: ArrayLike) -> jax.Array:
     """Return an array in at least float32, the dtype that norms and moments accumulate in."""
     array = jnp.asarray(array)
     return array.astype(_wide_dtype(array.dtype))
@@ -26,7 +27,7 @@ def _wide_dtype(dtype: Any) -> Any:
 def zeros_wide(params: PyTree, real: bool = False) -> Any:
     """Return zeros shaped and placed like the parameters, in at least float32; real ones on request."""
 
-    def zeros(param: Any) -> jax.Array:
+    def zeros(param: ArrayLike) -> jax.Array:
         dtype = _wide_dtype(jnp.result_type(param))
         return jnp.zeros_like(param, dtype=jnp.finfo(dtype).dtype if real else dtype)
 
@@ -62,12 +63,12 @@ def where(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
-def real(number: Any) -> jax.Array:
+def real(number: ArrayLike) -> jax.Array:
     """Return a number in JAX's default precision: float32, or float64 in its 64-bit mode."""
     return jnp.asarray(number).astype(jnp.result_type(float))
 
 
-def power(base: Any, exponent: Any) -> jax.Array:
+def power(base: ArrayLike, exponent: ArrayLike) -> jax.Array:
     """Return `base ** exponent` as `real` does for a base >= 0, also accurate for large exponents.
 
     The logarithm of a Python number is taken in double precision.
@@ -76,7 +77,7 @@ def power(base: Any, exponent: Any) -> jax.Array:
     return jnp.where(exponent == 0, 1, jnp.exp(jnp.where(exponent == 0, 1, exponent) * _log(base)))
 
 
-def one_minus_power(base: Any, exponent: Any) -> jax.Array:
+def one_minus_power(base: ArrayLike, exponent: ArrayLike) -> jax.Array:
     """Return `1 - base ** exponent` as `real` does for a base in [0, 1) and an exponent > 0.
 
     It has no cancellation: the difference written out loses four digits where
@@ -85,7 +86,8 @@ def one_minus_power(base: Any, exponent: Any) -> jax.Array:
     return -jnp.expm1(real(exponent) * _log(base))
 
 
-def _log(base: Any) -> Any:
+def _log(base: ArrayLike) -> jax.Array:
     if isinstance(base, int | float):
         return real(math.log(base) if base > 0 else -math.inf)
+    base = jnp.asarray(base)
     return jnp.where(base > 0, jnp.log(jnp.where(base > 0, base, 1)), -jnp.inf)

@@ -11,21 +11,22 @@ Send, Receive: those of the modules, by name
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 
 from functional_optimodules.aux_var import AuxVar, Params
 from functional_optimodules.brick import Brick, OptiModule, Regularizer
 from functional_optimodules.config.fields import hyperparameter
+from functional_optimodules.contract import Contract
 from functional_optimodules.numerics import wide
 from functional_optimodules.packing.adapter import Adapter, adapted, packed_like
 from functional_optimodules.schedulers import Scheduler, as_scheduler
 from functional_optimodules.types import Json, PyTree, Updates
 
-Named = str | tuple[str, Mapping[str, Any]]
+Named = str | tuple[str, Mapping[str, Json]]
 """A plug-in by its name, or by its name and its configuration."""
-Rate = float | jax.Array | Scheduler | tuple[str, Mapping[str, Any]] | Callable[[jax.Array], jax.Array]
+Rate = float | jax.Array | Scheduler | tuple[str, Mapping[str, Json]] | Callable[[jax.Array], jax.Array]
 """A learning rate or weight decay, in any of its forms."""
 
 
@@ -39,8 +40,8 @@ class OptimizerState(NamedTuple):
       modules: state of each module by name.
     """
 
-    lrate: Any
-    w_decay: Any
+    lrate: PyTree
+    w_decay: PyTree
     regularizers: dict[str, PyTree]
     modules: dict[str, PyTree]
 
@@ -56,7 +57,7 @@ class Optimizer(Brick[OptimizerState], register=False):
     It is itself a brick, pure and stateful, accepted as `tx` by Flax and optax.
 
     Attributes:
-      lrate: the learning rate, >= 0: a number, a `Scheduler` or its `(name, config)`
+      lrate: the learning rate: a number, a `Scheduler` or its `(name, config)`
         pair, or any function of the step, such as an optax schedule.
       w_decay: the rate of decoupled weight decay, likewise.
       regularizers: instances, names or `(name, config)` pairs, applied in order.
@@ -191,7 +192,7 @@ class Optimizer(Brick[OptimizerState], register=False):
             modules[label] = module.process(own, modules[label])
         return state._replace(modules=modules)
 
-    def channels(self) -> dict[str, OptiModule]:
+    def channels(self) -> dict[str, Contract]:
         return {name: module for each in self.modules for name, module in each.channels().items()}
 
     def run(  # type: ignore[override]

@@ -54,7 +54,7 @@ class FedProxRegularizer(Regularizer[FedProxState]):
     without the parameters the round's first step does.
 
     Attributes:
-      alpha: weight of the penalty, >= 0.
+      alpha: weight of the penalty.
 
     References:
       Li et al., "Federated optimization in heterogeneous networks", algorithm 2,
@@ -89,7 +89,7 @@ class LassoRegularizer(Regularizer[optax.EmptyState]):
             grads += alpha * sign(weights)
 
     Attributes:
-      alpha: weight of the penalty, >= 0.
+      alpha: weight of the penalty.
 
     References:
       Tibshirani, "Regression shrinkage and selection via the lasso", JRSS B, 1996.
@@ -115,7 +115,7 @@ class RidgeRegularizer(Regularizer[optax.EmptyState]):
             grads += 2 * alpha * weights
 
     Attributes:
-      alpha: weight of the penalty, >= 0.
+      alpha: weight of the penalty.
 
     References:
       Hoerl and Kennard, "Ridge regression: biased estimation for nonorthogonal

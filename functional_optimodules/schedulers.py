@@ -25,16 +25,17 @@ round. A rate is computed when it is used: it is that of the step it serves.
 """
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from functional_optimodules.aux_var import Params
-from functional_optimodules.brick import Brick
 from functional_optimodules.config.fields import hyperparameter, require_keys
+from functional_optimodules.contract import Contract
 from functional_optimodules.numerics import power, real, where
 from functional_optimodules.stateful.facade import CONFIG, Stateful
 from functional_optimodules.stateful.session import Session
@@ -72,7 +73,7 @@ class Scheduler(Stateful, kind="scheduler"):
         """Return the rate at a step of a round, both int32 scalars counted from 0."""
         raise NotImplementedError(f"{type(self).__name__} should define `compute_value`, or `value`")
 
-    def init(self) -> Any:
+    def init(self) -> PyTree:
         """Return the clock before the first step."""
         return Clock(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -80,11 +81,11 @@ class Scheduler(Stateful, kind="scheduler"):
         """Return the rate at a time, a scalar of JAX's default precision."""
         return real(self.compute_value(clock.steps, clock.round_))
 
-    def advance(self, clock: PyTree) -> Any:
+    def advance(self, clock: PyTree) -> PyTree:
         """Return the clock after one more step."""
         return clock._replace(steps=optax.safe_increment(clock.steps))
 
-    def begin_round(self, clock: PyTree) -> Any:
+    def begin_round(self, clock: PyTree) -> PyTree:
         """Return the clock as one more round begins."""
         return clock._replace(rounds=clock.rounds + 1)
 
@@ -124,20 +125,20 @@ def _rate() -> jax.Array:
     return jnp.zeros(())
 
 
-class _Ticking(Brick, register=False):
+class _Ticking(Contract, register=False):
     """A scheduler as a brick, whose only update is the rate and whose state is the clock."""
 
     scheduler: Scheduler
 
-    def init(self, params: Params) -> Any:
+    def init(self, params: Params) -> PyTree:
         return self.scheduler.init()
 
     def update(
         self, updates: Updates, state: PyTree, params: Params = None, **extra_args: PyTree
-    ) -> tuple[Updates, Any]:
+    ) -> tuple[Updates, PyTree]:
         return self.scheduler.value(state), self.scheduler.advance(state)
 
-    def begin_round(self, state: PyTree, params: Params = None) -> Any:
+    def begin_round(self, state: PyTree, params: Params = None) -> PyTree:
         return self.scheduler.begin_round(state)
 
     def state_name(self) -> str:
@@ -149,7 +150,7 @@ def list_rate_schedulers() -> dict[str, type[Scheduler]]:
     return dict(sorted(Scheduler._registry.items()))
 
 
-def _ratio(index: Any, count: Any) -> jax.Array:
+def _ratio(index: ArrayLike, count: ArrayLike) -> jax.Array:
     return real(index) / real(count)
 
 
@@ -157,8 +158,8 @@ class ExponentialDecay(Scheduler):
     """base·rateᵘ.
 
     Attributes:
-      base: the first rate, >= 0.
-      rate: factor from one unit to the next, >= 0.
+      base: the first rate.
+      rate: factor from one unit to the next.
       step_level: whether the unit is a step, rather than a round.
     """
 
@@ -175,7 +176,7 @@ class InverseScaling(Scheduler):
     """base / (u + 1)^rate.
 
     Attributes:
-      base: the first rate, >= 0.
+      base: the first rate.
       rate: power of the index.
       step_level: whether the unit is a step, rather than a round.
     """
@@ -194,8 +195,8 @@ class LinearDecay(Scheduler):
     """base·max(0, 1 − rate·u).
 
     Attributes:
-      base: the first rate, >= 0.
-      rate: share of `base` that is taken away at each unit, >= 0.
+      base: the first rate.
+      rate: share of `base` that is taken away at each unit.
       step_level: whether the unit is a step, rather than a round.
     """
 
@@ -213,9 +214,9 @@ class PiecewiseDecay(Scheduler):
     """base·rate^⌊u / step_size⌋.
 
     Attributes:
-      base: the first rate, >= 0.
-      rate: factor from one piece to the next, >= 0.
-      step_size: units in a piece, >= 1.
+      base: the first rate.
+      rate: factor from one piece to the next.
+      step_size: units in a piece.
       step_level: whether the unit is a step, rather than a round.
     """
 
@@ -234,9 +235,9 @@ class PolynomialDecay(Scheduler):
     """base·(1 − min(1, u / limit))^power.
 
     Attributes:
-      base: the first rate, >= 0.
-      power: order of the polynomial, >= 0.
-      limit: units after which the rate is 0, >= 1.
+      base: the first rate.
+      power: order of the polynomial.
+      limit: units after which the rate is 0.
       step_level: whether the unit is a step, rather than a round.
     """
 
@@ -251,7 +252,7 @@ class PolynomialDecay(Scheduler):
         return self.base * (1 - jnp.minimum(_ratio(index, self.limit), 1)) ** self.power
 
 
-def _anneal(low: Any, high: Any, position: jax.Array) -> jax.Array:
+def _anneal(low: float, high: float | jax.Array, position: jax.Array) -> jax.Array:
     return low + 0.5 * (high - low) * (1 + jnp.cos(position * jnp.pi))
 
 
@@ -259,9 +260,9 @@ class CosineAnnealing(Scheduler):
     """From max_lr down to base along half a cosine (Loshchilov & Hutter 2016).
 
     Attributes:
-      base: the last rate, kept for ever after, >= 0.
-      max_lr: the first rate, >= 0.
-      duration: units from the first to the last, >= 1.
+      base: the last rate, kept for ever after.
+      max_lr: the first rate.
+      duration: units from the first to the last.
       step_level: whether the unit is a step, rather than a round.
 
     References:
@@ -284,10 +285,10 @@ class CosineAnnealingWarmRestarts(Scheduler):
     """Cosine annealing that starts anew each period (Loshchilov & Hutter 2016).
 
     Attributes:
-      base: the rate at the end of each period, >= 0.
-      max_lr: the rate at the start of the first period, >= 0.
-      period: units in a period, >= 1.
-      t_mult: factor of `max_lr` from one period to the next, >= 0.
+      base: the rate at the end of each period.
+      max_lr: the rate at the start of the first period.
+      period: units in a period.
+      t_mult: factor of `max_lr` from one period to the next.
       step_level: whether the unit is a step, rather than a round.
 
     References:
@@ -307,7 +308,7 @@ class CosineAnnealingWarmRestarts(Scheduler):
         return _anneal(self.base, self.max_lr * power(self.t_mult, cycle), _ratio(position, self.period))
 
 
-def _triangle(step: jax.Array, stepsize: Any) -> jax.Array:
+def _triangle(step: jax.Array, stepsize: ArrayLike) -> jax.Array:
     return 1 - jnp.abs(_ratio(step % (2 * stepsize), stepsize) - 1)
 
 
@@ -315,9 +316,9 @@ class CyclicTriangular(Scheduler):
     """Up from base to max_lr and down again, over and over (Smith 2015).
 
     Attributes:
-      base: the lowest rate, >= 0.
-      max_lr: the highest rate, >= 0.
-      stepsize: steps from one to the other, >= 1.
+      base: the lowest rate.
+      max_lr: the highest rate.
+      stepsize: steps from one to the other.
       decay: whether the range is halved at the end of each cycle ("triangular2").
 
     References:
@@ -341,10 +342,10 @@ class CyclicExpRange(Scheduler):
     """The triangular cycle, times decayˢᵗᵉᵖ (Smith 2015).
 
     Attributes:
-      base: the lowest rate of the first cycle, >= 0.
-      max_lr: the highest rate of the first cycle, >= 0.
-      stepsize: steps from one to the other, >= 1.
-      decay: factor of both from one step to the next, >= 0.
+      base: the lowest rate of the first cycle.
+      max_lr: the highest rate of the first cycle.
+      stepsize: steps from one to the other.
+      decay: factor of both from one step to the next.
 
     References:
       Smith, "Cyclical learning rates for training neural networks", arXiv:1506.01186.
@@ -372,13 +373,13 @@ class WarmupClock(NamedTuple):
 
     steps: jax.Array
     rounds: jax.Array
-    inner: Any
+    inner: PyTree
 
 
 class _Warmup(Scheduler, register=False):
     """What the two warm-ups share: all but when the climb is over."""
 
-    base: float | Scheduler | tuple[str, Mapping[str, Any]] = hyperparameter(within="[0, inf)")
+    base: float | Scheduler | tuple[str, Mapping[str, Json]] = hyperparameter(within="[0, inf)")
     warmup: int = hyperparameter(within="[0, 1073741823]")
 
     @abc.abstractmethod
@@ -411,8 +412,8 @@ class Warmup(_Warmup):
     which the climb ends.
 
     Attributes:
-      base: the rate to climb to, >= 0, or the scheduler to follow then.
-      warmup: steps of the climb, >= 0.
+      base: the rate to climb to, or the scheduler to follow then.
+      warmup: steps of the climb.
     """
 
     name: ClassVar[str] = "warmup"
@@ -432,8 +433,8 @@ class WarmupRounds(_Warmup):
     counted from the end of the climb.
 
     Attributes:
-      base: the rate to climb to, >= 0, or the scheduler to follow then.
-      warmup: rounds of the climb, >= 0.
+      base: the rate to climb to, or the scheduler to follow then.
+      warmup: rounds of the climb.
     """
 
     name: ClassVar[str] = "warmup-rounds"
@@ -461,7 +462,7 @@ class StepFunction(Scheduler, register=False):
     """A function of the step, such as an optax schedule: it cannot be written in a configuration."""
 
     name: ClassVar[str] = "step-function"
-    function: Any
+    function: Callable[[jax.Array], jax.Array]
 
     def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
         return self.function(step)

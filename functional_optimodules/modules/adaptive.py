@@ -57,7 +57,7 @@ class AdaGradModule(OptiModule[AdaGradState]):
             grads = grads / (sqrt(total) + eps)
 
     Attributes:
-      eps: added to the divisor, > 0.
+      eps: added to the divisor.
       round_reset: whether a new round starts from a total of 0.
 
     References:
@@ -100,8 +100,8 @@ class RMSPropModule(OptiModule[RMSPropState]):
             grads = grads / (sqrt(second) + eps)
 
     Attributes:
-      beta: weight of the past average, in [0, 1).
-      eps: added to the divisor, > 0.
+      beta: weight of the past average.
+      eps: added to the divisor.
       round_reset: whether a new round starts from an average of 0.
 
     References:
@@ -178,10 +178,10 @@ class AdamModule(OptiModule[AdamState]):
     AMSGrad takes the maximum of bias-corrected moments.
 
     Attributes:
-      beta_1: weight of the past first moment, in [0, 1).
-      beta_2: weight of the past second moment, in [0, 1).
+      beta_1: weight of the past first moment.
+      beta_2: weight of the past second moment.
       amsgrad: whether to divide by the largest second moment so far.
-      eps: added to the divisor, > 0.
+      eps: added to the divisor.
       round_reset: whether a new round starts from moments of 0.
 
     References:
@@ -223,10 +223,10 @@ class YogiModule(OptiModule[AdamState]):
             second = second - (1 - beta_2) * sign(second - grads ** 2) * grads ** 2
 
     Attributes:
-      beta_1: weight of the past first moment, in [0, 1).
-      beta_2: one minus the step of the second moment, in [0, 1).
+      beta_1: weight of the past first moment.
+      beta_2: one minus the step of the second moment.
       amsgrad: whether to divide by the largest second moment so far.
-      eps: added to the divisor, > 0.
+      eps: added to the divisor.
       round_reset: whether a new round starts from moments of 0.
 
     References:

@@ -46,7 +46,7 @@ class L2Clipping(OptiModule[optax.EmptyState]):
             for each parameter: grad = grad * min(1, max_norm / ||grad||)
 
     Attributes:
-      max_norm: the largest norm of a parameter's gradient, >= 0.
+      max_norm: the largest norm of a parameter's gradient.
 
     References:
       Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural
@@ -77,7 +77,7 @@ class L2GlobalClipping(OptiModule[optax.EmptyState]):
             grads = grads * min(1, max_norm / norm)
 
     Attributes:
-      max_norm: the largest norm of all gradients together, >= 0.
+      max_norm: the largest norm of all gradients together.
 
     References:
       Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural

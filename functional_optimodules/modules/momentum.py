@@ -52,7 +52,7 @@ class MomentumModule(OptiModule[MomentumState]):
     this differs from the paper where the rate changes with time.
 
     Attributes:
-      beta: weight of the past velocity, in [0, 1).
+      beta: weight of the past velocity.
       nesterov: whether to look ahead by one step.
       round_reset: whether a new round starts with no velocity.
 
@@ -100,7 +100,7 @@ class EWMAModule(OptiModule[EWMAState]):
             grads = average
 
     Attributes:
-      beta: weight of the past average, in [0, 1).
+      beta: weight of the past average.
       round_reset: whether a new round starts from an average of 0.
     """
 
@@ -131,7 +131,7 @@ class YogiMomentumModule(OptiModule[EWMAState]):
     It is meant for squared gradients, as a part of Yogi.
 
     Attributes:
-      beta: one minus the step of the average, in [0, 1).
+      beta: one minus the step of the average.
       round_reset: whether a new round starts from an average of 0.
 
     References:

@@ -53,7 +53,7 @@ class GaussianNoiseModule(OptiModule[NoiseState]):
     least float32, added there, and the sum rounded to the gradient's dtype.
 
     Attributes:
-      std: standard deviation of the noise, >= 0, in the units of the gradients.
+      std: standard deviation of the noise, in the units of the gradients.
       safe_mode: whether to draw from the key stream of the ChaCha20 cipher,
         rather than from JAX's default generator, which is faster and no cipher.
       seed: where the key comes from: with `None`, from the operating system, so

@@ -6,8 +6,9 @@
       Step(g): total += g; steps += 1             Step(g): g
                g - correction
       Send: delta = total / steps - local         Send: variate = total / N
-      Commit: local = total / steps               Receive(sum of deltas):
-      Receive(variate):                             total += sum of deltas
+            joined = 1 for the first time only    Receive(sums over clients):
+      Commit: local = total / steps                 total += delta; clients += joined
+      Receive(variate):
             correction = local - variate
             total = 0; steps = 0
 
@@ -75,20 +76,8 @@ class ScaffoldClientState(NamedTuple):
 class ScaffoldClientModule(OptiModule[ScaffoldClientState]):
     """g − cᵢ + c, the client's side (Karimireddy et al. 2020, algorithm 1, option II).
 
-        Init:
-            local = correction = total = 0; steps = joined = 0
-        Step(grads):
-            total += grads; steps += 1
-            grads = grads - correction
-        Send -> delta, joined:
-            delta = total / steps - local           # 0 without a step
-        Commit:
-            local = total / steps; joined = 1       # unchanged without a step
-        Receive(variate):
-            correction = local - variate
-            total = 0; steps = 0
-
-    Put it first among the modules: it needs the raw gradients.
+    Put it first among the modules: it needs the raw gradients. Without a step it
+    sends a delta of 0, and nothing of it is committed.
 
     References:
       Karimireddy et al., "SCAFFOLD: stochastic controlled averaging for federated
@@ -151,15 +140,6 @@ class ScaffoldServerState(NamedTuple):
 
 class ScaffoldServerModule(OptiModule[ScaffoldServerState]):
     """c = Σcᵢ / N, the server's side (Karimireddy et al. 2020, algorithm 1).
-
-        Init(num_clients):
-            total = 0; clients = 0
-        Step(grads):
-            grads
-        Send -> variate:
-            variate = total / N,  N = num_clients or max(clients, 1)
-        Receive(delta = sum of deltas, joined = sum of joined):
-            total += delta; clients += joined
 
     Attributes:
       num_clients: N, the number of all clients, as in the paper; `None` for those

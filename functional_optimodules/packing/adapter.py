@@ -7,7 +7,7 @@ these need not know whether anything is packed.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Generic
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,10 @@ import optax
 
 from functional_optimodules.aux_var import AuxVar, Params
 from functional_optimodules.checked import name_of, require_arrays, require_like, require_pair
+from functional_optimodules.contract import Contract
 from functional_optimodules.packing.policy import automatic, packed_as
 from functional_optimodules.packing.tree import Packing, is_packed, unpack
 from functional_optimodules.types import PyTree, State, Updates
-
-if TYPE_CHECKING:
-    from functional_optimodules.brick import Brick
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Adapter(Generic[State]):
       brick: the brick, without a facade's state.
     """
 
-    brick: "Brick[State]"
+    brick: Contract[State]
 
     def fits(self, tree: PyTree) -> bool:
         """Whether the state keeps its form when such a tree is given."""
@@ -173,14 +171,14 @@ class Unpacks(Adapter[State]):
         return jax.tree.map(repack, like, made, is_leaf=is_packed)
 
 
-def adapted(brick: "Brick[State]", packing: Packing | None = None) -> Adapter[State]:
+def adapted(brick: Contract[State], packing: Packing | None = None) -> Adapter[State]:
     """Return a brick as it acts on trees that are packed in one way, or on trees as they come for `None`."""
     if not brick.packable:
         return Unpacks(brick)
     return Adapter(brick) if packing is None else Packs(brick, packing)
 
 
-def fitted(brick: "Brick[State]", params: Params) -> Adapter[State]:
+def fitted(brick: Contract[State], params: Params) -> Adapter[State]:
     """Return a brick as it acts best on such parameters: packed as they are, or as is worth it."""
     return adapted(brick, params.packing if is_packed(params) else automatic(params))
 

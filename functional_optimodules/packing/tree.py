@@ -166,21 +166,21 @@ class Packed:
     __slots__ = ("packing", "parts")
     __iter__: ClassVar[None] = None  # its leaves are named by paths, and not numbered
 
-    def __init__(self, packing: Packing, parts: tuple[Any, ...]) -> None:
+    def __init__(self, packing: Packing, parts: tuple[PyTree, ...]) -> None:
         self.packing = packing
         self.parts = parts
 
     @property
-    def buffers(self) -> tuple[Any, ...]:
+    def buffers(self) -> tuple[jax.Array, ...]:
         """The buffers alone."""
         return self.parts[: len(self.packing.groups)]
 
     @property
-    def large(self) -> tuple[Any, ...]:
+    def large(self) -> tuple[jax.Array, ...]:
         """The large leaves alone."""
         return self.parts[len(self.packing.groups) :]
 
-    def unpack(self) -> Any:
+    def unpack(self) -> PyTree:
         """Return the tree. The derivative is one concatenation for each buffer.
 
         Raises:
@@ -189,7 +189,7 @@ class Packed:
         buffers = (*map(homed, self.buffers, self.packing.homes), *self.large)
         return Packed(self.packing, buffers)._tree(cut)
 
-    def shapes(self) -> Any:
+    def shapes(self) -> PyTree:
         """Return the tree's shapes and dtypes."""
         return self._tree(
             lambda buffer, shapes: [
@@ -203,9 +203,9 @@ class Packed:
         parts = zip(self.parts, (*packing.homes, *(homes[at] for at in packing.large)), strict=True)
         return Packed(packing, tuple(homed(part, home) for part, home in parts))
 
-    def _tree(self, leaves_of: Callable[[Any, tuple[Shape, ...]], list[Any]]) -> Any:
+    def _tree(self, leaves_of: Callable[[jax.Array, tuple[Shape, ...]], list[PyTree]]) -> PyTree:
         packing = self.packing
-        leaves: dict[int, Any] = dict(zip(packing.large, self.large, strict=True))
+        leaves: dict[int, PyTree] = dict(zip(packing.large, self.large, strict=True))
         for buffer, group in zip(self.buffers, packing.groups, strict=True):
             pieces = [buffer] * len(group) if is_absent(buffer) else leaves_of(buffer, packing.shapes(group))
             leaves |= zip(group, pieces, strict=True)
@@ -214,7 +214,7 @@ class Packed:
     def __contains__(self, path: object) -> bool:
         return path in self.packing.specs.paths
 
-    def __getitem__(self, path: str) -> Any:
+    def __getitem__(self, path: str) -> PyTree:
         """Return the leaf at a path.
 
         Raises:
@@ -255,7 +255,7 @@ def is_packed(node: PyTree) -> bool:
     return isinstance(node, Packed)
 
 
-def unpack(tree: PyTree) -> Any:
+def unpack(tree: PyTree) -> PyTree:
     """Return a tree with each `Packed` in it, itself included, as the tree that it stands for."""
     return jax.tree.map(lambda node: node.unpack() if is_packed(node) else node, tree, is_leaf=is_packed)
 

@@ -12,11 +12,11 @@ Reference: Nir and Langley, "ChaCha20 and Poly1305 for IETF protocols", RFC 8439
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.random import define_prng_impl
+from jax.typing import ArrayLike
 
 _CONSTANTS = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)
 _QUARTERS = (
@@ -31,7 +31,7 @@ def _rotate(word: jax.Array, by: int) -> jax.Array:
     return (word << by) | (word >> (32 - by))
 
 
-def _double_round(_: Any, words: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def _double_round(_: int, words: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     x = list(words)
     for a, b, c, d in _QUARTERS:
         x[a] += x[b]
@@ -45,7 +45,7 @@ def _double_round(_: Any, words: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]
     return tuple(x)
 
 
-def blocks(key: jax.Array, counter: jax.Array, nonce: tuple[Any, Any, Any]) -> jax.Array:
+def blocks(key: jax.Array, counter: jax.Array, nonce: tuple[ArrayLike, ArrayLike, ArrayLike]) -> jax.Array:
     """Return blocks of the key stream.
 
     Args:
@@ -62,7 +62,7 @@ def blocks(key: jax.Array, counter: jax.Array, nonce: tuple[Any, Any, Any]) -> j
     return jnp.stack([a + b for a, b in zip(start, end, strict=True)])
 
 
-def _block(data: jax.Array, counter: Any, domain: int) -> jax.Array:
+def _block(data: jax.Array, counter: ArrayLike, domain: int) -> jax.Array:
     counter = jnp.asarray(counter, jnp.uint32).reshape(-1)
     return blocks(data[:8], counter, (jnp.uint32(domain), data[8], data[9]))
 
@@ -79,7 +79,7 @@ def _split(data: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return children[:10].T.reshape(*shape, 10)
 
 
-def _fold_in(data: jax.Array, integer: Any) -> jax.Array:
+def _fold_in(data: jax.Array, integer: ArrayLike) -> jax.Array:
     return _block(data, integer, _FOLD)[:10, 0]
 
 

@@ -6,22 +6,20 @@ kept alive by it. What is checked while tracing costs nothing in later calls.
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, Generic
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
 
 from functional_optimodules.aux_var import Params
+from functional_optimodules.contract import Contract
+from functional_optimodules.dependence import reads_values
 from functional_optimodules.packing.adapter import Adapter, adapted
 from functional_optimodules.packing.tree import shapes
 from functional_optimodules.random.keys import shapes_only
-from functional_optimodules.stateful.dependence import reads_values
 from functional_optimodules.types import PyTree, State, Updates
 from functional_optimodules.wire.layout import Layout
 from functional_optimodules.wire.paths import Specs
-
-if TYPE_CHECKING:
-    from functional_optimodules.brick import Brick
 
 # What is allocated on the word of a message, before there are parameters.
 _MOST_BYTES = 2**32
@@ -34,14 +32,14 @@ def compiled(adapter: Adapter[State]) -> "Compiled[State]":
 
 
 @functools.lru_cache(maxsize=512)
-def layout_of(brick: "Brick", specs: Specs) -> Layout:
+def layout_of(brick: Contract, specs: Specs) -> Layout:
     """Return which parts of a brick's state are shaped like its parameters."""
     with shapes_only():
         return Layout(jax.eval_shape(adapted(brick).init, specs.by_path))
 
 
 @functools.lru_cache(maxsize=512)
-def starts_from_values(brick: "Brick", specs: Specs) -> bool:
+def starts_from_values(brick: Contract, specs: Specs) -> bool:
     """Whether a new state depends on the parameters' values, and not on their shapes alone."""
     return reads_values(adapted(brick).init, specs.by_path)
 

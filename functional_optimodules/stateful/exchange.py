@@ -6,19 +6,17 @@ or sorted, `{aux_name: {client: message}}`.
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
 from functional_optimodules.aux_var import AuxVar, FromServer
 from functional_optimodules.config.fields import nearest, require_keys
+from functional_optimodules.contract import Contract
 from functional_optimodules.numerics import is_finite
 from functional_optimodules.types import Json, PyTree
 from functional_optimodules.wire.messages import decode_message, encode_message, open_envelopes
 from functional_optimodules.wire.paths import Specs, specs_from_json
-
-if TYPE_CHECKING:
-    from functional_optimodules.brick import Brick, OptiModule
 
 # Rounds begun before the first step are replayed at it: a number read from a file must not hang it.
 _MOST_ROUNDS = 10**6
@@ -53,7 +51,7 @@ class Received(NamedTuple):
     senders: list[str]
 
 
-def incoming(brick: "Brick", messages: Json, specs: Specs | None, clients: tuple[str, ...]) -> Received | None:
+def incoming(brick: Contract, messages: Json, specs: Specs | None, clients: tuple[str, ...]) -> Received | None:
     """Read messages; `None` if there are none. Raises as `process_aux_var` does."""
     owner, channels = type(brick).__name__, brick.channels()
     if not isinstance(messages, Mapping):
@@ -98,7 +96,7 @@ def _sorted(messages: Mapping[str, Json], channels: Mapping[str, Any]) -> Mappin
     }
 
 
-def _reduced(decoded: Mapping[str | None, Any], clients: tuple[str, ...], module: "OptiModule", owner: str) -> AuxVar:
+def _reduced(decoded: Mapping[str | None, Any], clients: tuple[str, ...], module: Contract, owner: str) -> AuxVar:
     if None in decoded:
         return decoded[None]
     wide, total = module.receives is not None and module.receives.is_per_client(), module.clients()

@@ -15,9 +15,10 @@ import jax
 
 from functional_optimodules.aux_var import Params
 from functional_optimodules.config.plugin import Plugin
+from functional_optimodules.contract import Contract
 from functional_optimodules.packing.tree import shapes, unpack
 from functional_optimodules.stateful.session import Session
-from functional_optimodules.types import Json, PyTree, Updates
+from functional_optimodules.types import Json, PyTree, State, Updates
 from functional_optimodules.wire.paths import Specs, unwrapped
 
 FACADE = frozenset(
@@ -41,10 +42,6 @@ class Stateful(Plugin, kind="stateful"):
             session = self._begin()
             object.__setattr__(self, "_facade", session)
         return session
-
-    def state_name(self) -> str:
-        """Return the name that saved states bear, for another plug-in to refuse them."""
-        return self.name
 
     def on_round_start(self) -> None:
         """Begin a round, also before the first step."""
@@ -88,11 +85,11 @@ def _restore(cls: type[Stateful], fields: dict[str, PyTree], state: dict[str, Js
     return plugin
 
 
-class Facade(Stateful, kind="facade"):
+class Facade(Stateful, Contract[State], kind="facade"):
     """`setup`, `run`, `save` and their kin, over the pure methods of a brick."""
 
     def _begin(self) -> Session:
-        return Session(self.bare())  # type: ignore[arg-type]  # a facade is always a brick's
+        return Session(self.bare())
 
     def setup(self, params: Params, identity: int | None = None) -> None:
         """Make the state now, where the parameters are known; otherwise the first `run` does.

@@ -1,16 +1,19 @@
 """Parameters that are laid out over a mesh of devices: the state and what comes out lie as they do."""
 
 import dataclasses
+import functools
 from typing import Any, Self
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from functional_optimodules.aux_var import Params
 from functional_optimodules.packing.adapter import Adapter
 from functional_optimodules.packing.buffers import home_of, homed
 from functional_optimodules.packing.tree import is_packed, unpack
 from functional_optimodules.types import PyTree, State, Updates
-from functional_optimodules.wire.arrays import is_sharded
+from functional_optimodules.wire.layout import Layout
+from functional_optimodules.wire.paths import Specs
 
 Homes = tuple[Any, ...]
 
@@ -74,9 +77,36 @@ class Placed(Adapter[State]):
         return jax.tree.unflatten(treedef, map(homed, leaves, self.params_homes))
 
 
+def is_sharded(leaf: object) -> bool:
+    """Whether an array is laid out over a mesh of devices."""
+    return isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding)
+
+
 def any_sharded(tree: PyTree) -> bool:
     """Whether a leaf of a tree is laid out over a mesh of devices."""
     return any(map(is_sharded, jax.tree.leaves(tree)))
+
+
+def put_beside(params: Params, specs: Specs, layout: Layout, state: PyTree) -> PyTree:
+    """Put a state where sharded parameters are.
+
+    Arrays of the shape of their parameter go beside it, and the rest on all of the devices.
+    """
+    homes = specs.leaves_of(params)
+    mesh = next(home.sharding.mesh for home in homes if is_sharded(home))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def beside(leaf: jax.Array, home: jax.Array) -> jax.Array:
+        like = is_sharded(home) and leaf.shape == home.shape
+        return jax.device_put(leaf, home.sharding if like else everywhere)
+
+    def part(tree: PyTree) -> PyTree:
+        leaves = zip(specs.leaves_of(tree), homes, strict=True)
+        placed = [jax.tree.map(functools.partial(beside, home=home), leaf) for leaf, home in leaves]
+        return jax.tree.unflatten(specs.treedef, placed)
+
+    shaped = layout.map_shaped(part, state)
+    return jax.tree.map(lambda leaf: leaf if is_sharded(leaf) else jax.device_put(leaf, everywhere), shaped)
 
 
 def _home(leaf: Any) -> Any:

@@ -6,24 +6,22 @@ nothing else.
 """
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from functional_optimodules.aux_var import Params
+from functional_optimodules.contract import Contract
 from functional_optimodules.numerics import is_finite
 from functional_optimodules.packing.adapter import adapted, fitted
 from functional_optimodules.packing.tree import shapes, unpack
 from functional_optimodules.stateful import exchange
 from functional_optimodules.stateful.compiled import Compiled, compiled, layout_of, starts_from_values
 from functional_optimodules.stateful.leaves import NUMBERS, any_traced, leaf_types, traced
-from functional_optimodules.stateful.placement import Placed, any_sharded
+from functional_optimodules.stateful.placement import Placed, any_sharded, put_beside
 from functional_optimodules.types import Json, PyTree, Updates
 from functional_optimodules.wire.paths import ParamsNeeded, Specs
-
-if TYPE_CHECKING:
-    from functional_optimodules.brick import Brick
 
 
 class Fit(NamedTuple):
@@ -76,7 +74,7 @@ class Session:
       memory: what is remembered. It is replaced, in one place, and never changed.
     """
 
-    def __init__(self, brick: "Brick", owner: str = "", pure: str = "`update(updates, state, params)`") -> None:
+    def __init__(self, brick: Contract, owner: str = "", pure: str = "`update(updates, state, params)`") -> None:
         self.brick = brick
         self.owner = owner or type(brick).__name__
         self.pure = pure
@@ -126,7 +124,7 @@ class Session:
             state = memory.fit.compiled.adapter.portable(memory.state)
             state = layout_of(self.brick, specs.flat()).rehang(state, memory.fit.specs, specs)
         if sharded:
-            state = layout_of(self.brick, specs.flat()).place(state, specs, unpack(like))
+            state = put_beside(unpack(like), specs, layout_of(self.brick, specs.flat()), state)
         state = adapter.adopt(state, compiled(adapter).model(like))
         if sharded:
             adapter = Placed.of(adapter, like, state)

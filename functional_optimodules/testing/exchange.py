@@ -9,6 +9,7 @@ import jax
 
 from functional_optimodules.aux_var import AuxVar, FromClients
 from functional_optimodules.brick import Brick, OptiModule
+from functional_optimodules.contract import Contract
 from functional_optimodules.optimizer import Optimizer
 from functional_optimodules.packing.adapter import adapted
 from functional_optimodules.testing.check import check
@@ -31,9 +32,9 @@ def messages_for(brick: Brick, params: PyTree) -> dict[str, Json]:
       AssertionError: if a module receives something that no class sends.
     """
     return {
-        name: (_from_clients if issubclass(module.receives, FromClients) else _from_server)(module, params)
+        name: _from_clients(module, params) if module.serves() else _from_server(module, params)
         for name, module in brick.channels().items()
-        if module.receives is not None
+        if isinstance(module, OptiModule) and module.receives is not None
     }
 
 
@@ -79,15 +80,14 @@ def _collected(client: OptiModule, params: PyTree, seed: int) -> Json:
     return client.collect_aux_var()
 
 
-def _counterpart(module: OptiModule) -> PyTree:
+def _counterpart(module: Contract) -> PyTree:
     for cls in (*OptiModule._registry.values(), *_subclasses(OptiModule)):
         if cls.sends is module.receives and cls.receives in (module.sends, None):
             peer = next(iter(instances(cls).values()))
             wide = cls.receives is not None and _is_wide(cls.receives)
             return dataclasses.replace(peer, num_clients=len(_CLIENTS)) if wide else peer.bare()
-    raise AssertionError(
-        f"no module sends {getattr(module.receives, '__name__', None)}, which it receives: declare its counterpart in the same place"
-    )
+    what = module.receives and module.receives.__name__
+    raise AssertionError(f"no module sends {what}, which it receives: declare its counterpart in the same place")
 
 
 def _is_wide(kind: Any) -> bool:

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from functional_optimodules.random.keys import generator_name, generator_named, is_key
 from functional_optimodules.types import HostArray, Json
@@ -106,8 +105,3 @@ def decode_like(payload: Json, like: Spec, what: str) -> jax.Array:
     if array.dtype != like.dtype:
         raise ValueError(f"{what} has dtype {payload['dtype']!r}: expected keys of {like.dtype}")
     return array
-
-
-def is_sharded(leaf: Any) -> bool:
-    """Whether an array is laid out over a mesh of devices."""
-    return isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding)

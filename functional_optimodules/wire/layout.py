@@ -4,15 +4,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from functional_optimodules.config.fields import require_keys
 from functional_optimodules.types import Json, PyTree
-from functional_optimodules.wire.arrays import decode_like, encode_array, is_sharded
+from functional_optimodules.wire.arrays import decode_like, encode_array
 from functional_optimodules.wire.paths import Specs, is_path_tree, keystr
 
 
-def encode_tree(tree: PyTree, specs: Specs) -> dict[str, PyTree]:
+def encode_tree(tree: PyTree, specs: Specs) -> dict[str, Json]:
     """Write a tree that has the parameters' container as `{path: array}`.
 
     What stands for a parameter may be several arrays, or none: those of optax's
@@ -21,13 +20,13 @@ def encode_tree(tree: PyTree, specs: Specs) -> dict[str, PyTree]:
     return dict(sorted(zip(specs.paths, map(_encode_node, specs.leaves_of(tree)), strict=True)))
 
 
-def _encode_node(node: PyTree) -> dict[str, PyTree]:
+def _encode_node(node: PyTree) -> dict[str, Json]:
     if jax.tree_util.all_leaves([node]):
         return encode_array(node)
     return {keystr(path): encode_array(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(node)[0]}
 
 
-def decode_tree(payload: Json, specs: Specs, read: Callable[[str, Any, str], Any], what: str) -> Any:
+def decode_tree(payload: Json, specs: Specs, read: Callable[[str, Json, str], PyTree], what: str) -> PyTree:
     """Read what `encode_tree` wrote into the parameters' container.
 
     Args:
@@ -47,7 +46,7 @@ def decode_tree(payload: Json, specs: Specs, read: Callable[[str, Any, str], Any
     return specs.tree({path: read(path, payload[path], f"{what} at {path!r}") for path in specs.paths})
 
 
-def _decode_node(payload: Json, like: PyTree, what: str) -> Any:
+def _decode_node(payload: Json, like: PyTree, what: str) -> PyTree:
     if jax.tree_util.all_leaves([like]):
         return decode_like(payload, like, what)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
@@ -70,19 +69,19 @@ class Layout:
         parts, self.treedef = jax.tree_util.tree_flatten_with_path(skeleton, is_leaf=is_path_tree)
         self.parts = {keystr(path): part for path, part in parts}
 
-    def split(self, state: PyTree) -> Iterator[tuple[str, Any, Any]]:
+    def split(self, state: PyTree) -> Iterator[tuple[str, PyTree, PyTree]]:
         """Yield the name, the shapes and the value of each part of a state."""
         values = self.treedef.flatten_up_to(state)
         return zip(self.parts, self.parts.values(), values, strict=True)
 
-    def encode(self, state: PyTree, specs: Specs) -> dict[str, PyTree]:
+    def encode(self, state: PyTree, specs: Specs) -> dict[str, Json]:
         """Write a state as `{part: array or {path: array}}`."""
         return {
             name: encode_tree(value, specs) if is_path_tree(part) else encode_array(value)
             for name, part, value in self.split(state)
         }
 
-    def decode(self, payload: Json, specs: Specs, owner: str) -> Any:
+    def decode(self, payload: Json, specs: Specs, owner: str) -> PyTree:
         """Read what `encode` wrote, over the specs' container.
 
         Raises:
@@ -94,40 +93,21 @@ class Layout:
         require_keys(payload, self.parts, f"{owner}: the state", "variable")
         return jax.tree.unflatten(self.treedef, [self._decode(payload, specs, name, owner) for name in self.parts])
 
-    def _decode(self, payload: Mapping[str, Any], specs: Specs, name: str, owner: str) -> Any:
+    def _decode(self, payload: Mapping[str, Json], specs: Specs, name: str, owner: str) -> PyTree:
         part, what = self.parts[name], f"{owner}: variable {name!r}"
         if is_path_tree(part):
             return decode_tree(payload[name], specs, lambda path, array, at: _decode_node(array, part[path], at), what)
         return decode_like(payload[name], part, what)
 
-    def place(self, state: PyTree, specs: Specs, params: PyTree) -> Any:
-        """Put a state where sharded parameters are.
-
-        Parts of their shapes go beside them, and the rest on all of their devices.
-        """
-        homes = specs.leaves_of(params)
-        mesh = next(home.sharding.mesh for home in homes if is_sharded(home))
-        everywhere = NamedSharding(mesh, PartitionSpec())
-
-        def put(leaf: Any, home: Any) -> Any:
-            return jax.device_put(leaf, home.sharding if is_sharded(home) and leaf.shape == home.shape else everywhere)
-
-        def part(tree: PyTree) -> Any:
-            leaves = zip(specs.leaves_of(tree), homes, strict=True)
-            return jax.tree.unflatten(
-                specs.treedef, [jax.tree.map(lambda x, h=home: put(x, h), leaf) for leaf, home in leaves]
-            )
-
-        return jax.tree.unflatten(
-            self.treedef,
-            [part(value) if is_path_tree(like) else put(value, None) for _, like, value in self.split(state)],
-        )
-
-    def rehang(self, state: PyTree, old: Specs, new: Specs) -> Any:
+    def rehang(self, state: PyTree, old: Specs, new: Specs) -> PyTree:
         """Move a state from one container of the same parameters to another."""
-        move: Callable[[Any], Any] = lambda tree: new.tree(  # noqa: E731
-            dict(zip(old.paths, old.leaves_of(tree), strict=True))
-        )
-        return jax.tree.unflatten(
-            self.treedef, [move(value) if is_path_tree(part) else value for _, part, value in self.split(state)]
-        )
+
+        def move(tree: PyTree) -> PyTree:
+            return new.tree(dict(zip(old.paths, old.leaves_of(tree), strict=True)))
+
+        return self.map_shaped(move, state)
+
+    def map_shaped(self, function: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
+        """Apply a function to each part of a state that is shaped like the parameters."""
+        parts = [function(value) if is_path_tree(part) else value for _, part, value in self.split(state)]
+        return jax.tree.unflatten(self.treedef, parts)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import DictKey, PyTreeDef
 
-from functional_optimodules.types import Json, PyTree
+from functional_optimodules.types import Json, Leaf, PyTree
 
 Spec = jax.ShapeDtypeStruct
 
@@ -45,21 +45,21 @@ def is_path_tree(node: PyTree) -> bool:
     return isinstance(node, PathTree)
 
 
-def keystr(path: Iterable[Any]) -> str:
+def keystr(path: Iterable[object]) -> str:
     """Write a key path as `encoder/0/kernel`."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def _variable() -> Any:
+def _variable() -> type | tuple[()]:
     """Return the class that `flax.nnx` wraps leaves in; a tree can only hold such if it was imported."""
     nnx = sys.modules.get("flax.nnx")
     return () if nnx is None else nnx.Variable
 
 
-def unwrapped(tree: PyTree) -> Any:
+def unwrapped(tree: PyTree) -> PyTree:
     """Return a tree without the wrappers that `flax.nnx` puts around leaves."""
     wrapper = _variable()
-    is_wrapper: Callable[[Any], bool] = lambda node: isinstance(node, wrapper)  # noqa: E731
+    is_wrapper: Callable[[object], bool] = lambda node: isinstance(node, wrapper)  # noqa: E731
     return jax.tree.map(lambda node: jax.tree.leaves(node)[0] if is_wrapper(node) else node, tree, is_leaf=is_wrapper)
 
 
@@ -130,14 +130,14 @@ class Specs:
         """Return the same parameters in a `PathTree`."""
         return Specs.of(self.by_path)
 
-    def tree(self, by_path: Mapping[str, Any]) -> Any:
+    def tree(self, by_path: Mapping[str, PyTree]) -> PyTree:
         """Put leaves keyed by path into the container."""
         return jax.tree.unflatten(self.treedef, [by_path[path] for path in self.paths])
 
-    def leaves_of(self, tree: PyTree) -> list[Any]:
+    def leaves_of(self, tree: PyTree) -> list[PyTree]:
         """Return the leaves of a tree in this container, in the order of `paths`."""
         treedef: Any = self.treedef
-        leaves: list[Any] = treedef.flatten_up_to(tree)
+        leaves: list[PyTree] = treedef.flatten_up_to(tree)
         return leaves
 
     def to_json(self) -> dict[str, PyTree]:
@@ -158,7 +158,7 @@ class Specs:
             if show(mine[path]) != show(theirs[path]):
                 raise ValueError(f"{what} has {show(theirs[path])} at {path!r}: expected {show(mine[path])}")
 
-    def _batched(self, leaves: list[Any]) -> bool:
+    def _batched(self, leaves: list[jax.Array]) -> bool:
         return len({leaf.shape[:1] for leaf in leaves}) == 1 and all(
             leaf.ndim == len(spec.shape) + 1 and leaf.shape[1:] == spec.shape
             for leaf, spec in zip(leaves, self.leaves, strict=True)
@@ -194,7 +194,7 @@ def _spec_of(leaf: Any, path: str) -> Any:
         raise TypeError(f"parameters and gradients are trees of arrays: at {path!r} there is {leaf!r}") from None
 
 
-def show(spec: Any) -> str:
+def show(spec: Leaf) -> str:
     """Write a shape and dtype as `float32[3,4]`."""
     return f"{spec.dtype}[{','.join(map(str, spec.shape))}]"
 
@@ -220,7 +220,7 @@ def specs_from_json(payload: Json, what: str) -> Specs:
 _MOST_AXES = 64
 
 
-def read_shape(shape: Any, what: str) -> tuple[int, ...]:
+def read_shape(shape: Json, what: str) -> tuple[int, ...]:
     """Check a shape read from JSON."""
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"{what}: shape {shape!r} should be a list of non-negative integers")
@@ -231,7 +231,7 @@ def read_shape(shape: Any, what: str) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def read_dtype(name: Any, what: str) -> Any:
+def read_dtype(name: Json, what: str) -> Any:
     """Check the name of a dtype read from JSON."""
     try:
         # NumPy would parse any other string as a description of records.

@@ -1,19 +1,16 @@
-"""Which inputs of a function its outputs may depend on, read off its program; and what of a brick follows from that."""
+"""Which inputs of a function its outputs may depend on, read off its program."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from functional_optimodules.aux_var import Params
-from functional_optimodules.random.keys import is_key, shapes_only
-from functional_optimodules.types import PyTree, State
+from functional_optimodules.random.keys import shapes_only
+from functional_optimodules.types import PyTree
 from functional_optimodules.wire.layout import Layout
-from functional_optimodules.wire.paths import ParamsNeeded, PathTree, Spec, is_path_tree
-
-if TYPE_CHECKING:
-    from functional_optimodules.brick import Brick
+from functional_optimodules.wire.paths import PathTree, Spec, is_path_tree
 
 
 def sources(function: Callable[..., PyTree], first: PyTree, *args: PyTree) -> list[set[int]]:
@@ -48,22 +45,8 @@ def _flow(jaxpr: Any, inputs: list[set[int]]) -> list[set[int]]:
     return [of(atom) for atom in jaxpr.outvars]
 
 
-def restarted(brick: "Brick[State]", state: State, params: Params = None) -> State:
-    """Return a state as new: its keys are drawn anew, and its dtypes stay.
-
-    Raises:
-      ParamsNeeded: if the parameters' values are needed, and not given.
-    """
-    if params is None:
-        params = _params_within(brick.init, state)
-        if reads_values(brick.init, params):
-            raise ParamsNeeded(f"{type(brick).__name__}: round_reset restarts from the parameters: pass `params`")
-    fresh = brick.init(params)
-    return jax.tree.map(lambda new, old: new if is_key(old) else new.astype(old.dtype), fresh, state)
-
-
-def _params_within(init: Callable[[Params], PyTree], state: PyTree) -> Params:
-    """Find a tree shaped like the parameters in a state: to restart it needs no more of them."""
+def params_within(init: Callable[[Params], PyTree], state: PyTree) -> Params:
+    """Return a tree shaped like the parameters that is in a state; an empty one if there is none."""
     with shapes_only():
         layout = Layout(jax.eval_shape(init, PathTree({"": Spec((), jnp.float32)})))
     return next((value for _, part, value in layout.split(state) if is_path_tree(part)), PathTree())

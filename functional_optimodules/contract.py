@@ -1,0 +1,159 @@
+"""The contract of bricks: what an author writes, as pure functions over pytrees.
+
+    Init(params) -> state
+    Step(updates, state, params) -> updates, state
+    Round(state) -> state
+    Send(state) -> aux;  once delivered: Commit(state) -> state
+    Receive(aux, state) -> state
+
+Each may be called under `jit`, `vmap`, `scan` and `shard_map`, and reads nothing but
+the hyper-parameters and its arguments.
+"""
+
+import abc
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic
+
+import jax
+
+from functional_optimodules.aux_var import AuxVar, FromClients, Params
+from functional_optimodules.config.plugin import Plugin
+from functional_optimodules.dependence import params_within, reads_values
+from functional_optimodules.random.keys import is_key
+from functional_optimodules.types import PyTree, State, Updates
+from functional_optimodules.wire.paths import ParamsNeeded
+
+
+class Contract(Plugin, Generic[State], kind="contract"):
+    """A plug-in that transforms updates by pure methods; a `Brick` has the stateful side too.
+
+    Attributes:
+      packable: whether the brick may be given packed trees: it treats elements alike
+        wherever they lie, or goes through `map_parameters`. A class says so in its
+        own body; one that says nothing gets each parameter as the model has it.
+      aux_name: the name that a pair shares, for bricks that exchange auxiliary variables.
+      sends: the type of what `collect` returns.
+      receives: the type of what `process` takes. A brick that receives what clients
+        send is a server's.
+    """
+
+    packable: ClassVar[bool] = False
+    aux_name: ClassVar[str | None] = None
+    sends: ClassVar[type[AuxVar] | None] = None
+    receives: ClassVar[type[AuxVar] | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # What a class says of its methods, it does not say of those that replace them, or that these call.
+        cls.packable = vars(cls).get("packable", False)
+        if "update" in vars(cls):
+            _refuse_optional_arguments(cls)
+
+    @abc.abstractmethod
+    def init(self, params: Params) -> State:
+        """Make the state.
+
+        Args:
+          params: the parameters, a pytree of arrays.
+
+        Returns:
+          A `NamedTuple` of arrays and trees shaped like the parameters, which
+          shares no buffer with them.
+        """
+
+    @abc.abstractmethod
+    def update(
+        self, updates: Updates, state: State, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, State]:
+        """Take a step.
+
+        Args:
+          updates: gradients, or what the brick before made of them. They point
+            uphill: only an `Optimizer` multiplies by minus the learning rate.
+          state: what `init` or the last step returned.
+          params: the parameters, for bricks that need them.
+          **extra_args: what other bricks of a chain need. One that this brick needs
+            is named, keyword-only and without a default: `*, value, **extra_args`.
+
+        Returns:
+          The new updates, of the same dtypes, and the new state.
+        """
+
+    def begin_round(self, state: State, params: Params = None) -> State:
+        """Return the state at the start of a round: unchanged, or as new if `restarts` says so.
+
+        `params` may be `None`: what needs them then waits for the next `update`.
+
+        Raises:
+          ParamsNeeded: a `ValueError`, if it restarts, `init` reads the parameters'
+            values, and they are not given. The facade then begins the round with the
+            parameters of its next step.
+        """
+        if not self.restarts():
+            return state
+        if params is None:
+            params = params_within(self.init, state)
+            if reads_values(self.init, params):
+                raise ParamsNeeded(f"{type(self).__name__}: round_reset restarts from the parameters: pass `params`")
+        fresh = self.init(params)
+        return jax.tree.map(lambda new, old: new if is_key(old) else new.astype(old.dtype), fresh, state)
+
+    def restarts(self) -> bool:
+        """Whether each round starts from the state that `init` makes: what a field `round_reset` says."""
+        return bool(getattr(self, "round_reset", False))
+
+    def collect(self, state: State) -> AuxVar | Mapping[str, AuxVar] | None:
+        """Return what the counterpart should get, or `None`. Reads only."""
+        return None
+
+    def commit(self, state: State) -> State:
+        """Return what follows once the collected variables are known to have arrived."""
+        return state
+
+    def process(self, aux: Any, state: State) -> State:
+        """Return the state after receiving what the counterpart collected; reduced over clients on the server.
+
+        Raises:
+          NotImplementedError: if the brick receives nothing.
+        """
+        raise NotImplementedError(f"{type(self).__name__} receives no auxiliary variables")
+
+    def fold_in(self, state: State, integer: int | jax.Array) -> State:
+        """Fold an integer into every PRNG key of a state, so that equal bricks draw different numbers."""
+
+        def fold(leaf: jax.Array) -> jax.Array:
+            if not is_key(leaf):
+                return leaf
+            folded = functools.reduce(lambda f, _: jax.vmap(f, (0, None)), range(leaf.ndim), jax.random.fold_in)
+            return folded(leaf, integer)
+
+        return jax.tree.map(fold, state)
+
+    def state_name(self) -> str:
+        """Return the name that saved states bear, for another brick to refuse them."""
+        return self.name
+
+    def channels(self) -> "Mapping[str, Contract]":
+        """Return the bricks that exchange auxiliary variables, by the name of these."""
+        return {self.aux_name or self.name: self} if self.sends or self.receives else {}
+
+    def clients(self) -> int | None:
+        """How many clients there are, for a server's brick that knows: what a field `num_clients` says."""
+        return getattr(self, "num_clients", None)
+
+    def serves(self) -> bool:
+        """Whether it is a server's: it receives what clients send."""
+        return any(each.receives and issubclass(each.receives, FromClients) for each in self.channels().values())
+
+
+def _refuse_optional_arguments(cls: type[Contract]) -> None:
+    for name, parameter in list(inspect.signature(cls.update).parameters.items())[4:]:
+        if parameter.default is not inspect.Parameter.empty:
+            raise TypeError(
+                f"{cls.__name__}.update: the extra argument {name}={parameter.default!r} has a default, which would be "
+                "taken in silence where a wrapper such as `optax.chain` drops extra arguments\n"
+                f"    wrong:  def update(self, updates, state, params=None, *, {name}={parameter.default!r}, **extra)\n"
+                f"    right:  def update(self, updates, state, params=None, *, {name}, **extra)"
+            )
