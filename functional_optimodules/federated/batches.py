@@ -5,14 +5,14 @@ example of the same client, so that no number, however odd, comes from it.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from functional_optimodules.federated.data import FederatedData
-
-Remainder = Literal["mask", "drop", "wrap"]
+from functional_optimodules.federated.options import Remainder
+from functional_optimodules.types import PyTree
 
 
 class Batches(NamedTuple):
@@ -28,9 +28,9 @@ class Batches(NamedTuple):
     """
 
     epochs: int
-    begin: Callable[[jax.Array], Any]
-    steps: Any
-    take: Callable[[Any, jax.Array], tuple[Any, Any]]
+    begin: Callable[[jax.Array], jax.Array]
+    steps: jax.Array
+    take: Callable[[jax.Array, jax.Array], tuple[PyTree, jax.Array | None]]
     size: int
     examples: jax.Array
 
@@ -69,7 +69,7 @@ def walk(
         # The last batch may reach beyond the last example: slices must not be clamped.
         return jnp.pad(order, (0, size))
 
-    def take(order: jax.Array, step: jax.Array) -> tuple[Any, Any]:
+    def take(order: jax.Array, step: jax.Array) -> tuple[PyTree, jax.Array | None]:
         position = step * size + jnp.arange(size, dtype=jnp.int32)
         chosen = jax.lax.dynamic_slice(order, (step * size,), (size,))
         mask = position < count if partial else None
@@ -82,7 +82,7 @@ def walk(
     return Batches(epochs, begin, steps, take, size, count.astype(jnp.float32))
 
 
-def given(batches: Any, num_steps: jax.Array, mask: Any) -> Batches:
+def walk_given(batches: PyTree, num_steps: jax.Array, mask: jax.Array | None) -> Batches:
     """Walk once through the batches of a client that are given as arrays of steps x batch x ...
 
     Batches without any real example are no steps.
@@ -90,14 +90,14 @@ def given(batches: Any, num_steps: jax.Array, mask: Any) -> Batches:
     most, size = jax.tree.leaves(batches)[0].shape[:2]
     if mask is None:
 
-        def take(order: Any, step: jax.Array) -> tuple[Any, Any]:
+        def take(order: jax.Array, step: jax.Array) -> tuple[PyTree, None]:
             return jax.tree.map(lambda leaf: leaf[step], batches), None
 
         return Batches(1, lambda key: jnp.int32(0), num_steps, take, size, (num_steps * size).astype(jnp.float32))
     steps = jnp.arange(most) < num_steps
     real = steps & jnp.any(mask, axis=1)
 
-    def take_real(order: jax.Array, step: jax.Array) -> tuple[Any, Any]:
+    def take_real(order: jax.Array, step: jax.Array) -> tuple[PyTree, jax.Array]:
         at = order[step]
         chosen = jnp.where(mask[at], jnp.arange(size), jnp.argmax(mask[at]))
         return jax.tree.map(lambda leaf: leaf[at, chosen], batches), mask[at]

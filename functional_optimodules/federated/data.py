@@ -6,17 +6,22 @@ clients each to within one, and never move.
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import NamedTuple, Self
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
+from numpy.typing import ArrayLike, NDArray
 
-from functional_optimodules.federated.blocks import balance, count_examples, find_slots, join_rows, make_table
+from functional_optimodules.federated import partition
 from functional_optimodules.federated.placement import SPLIT, WHOLE, automatic, mesh_size, replicate, split
+from functional_optimodules.types import PyTree
+
+Integers = NDArray[np.integer]
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +43,7 @@ class FederatedData:
       largest: the number of examples of the largest client.
     """
 
-    examples: Any
+    examples: PyTree
     offsets: jax.Array
     sizes: jax.Array
     ids: jax.Array
@@ -57,12 +62,12 @@ class FederatedData:
         """R, the number of slots of a block."""
         return self.ids.shape[0] // self.num_shards
 
-    def specs(self) -> Any:
+    def specs(self) -> Self:
         """Say of each array whether it is split over a mesh or whole on every device, as `shard_map` asks."""
         return dataclasses.replace(jax.tree.map(lambda _: SPLIT, self), slots=WHOLE)
 
     @classmethod
-    def from_clients(cls, clients: Sequence[Any], mesh: Mesh | None = None) -> Self:
+    def from_clients(cls, clients: Sequence[PyTree], mesh: Mesh | None = None) -> Self:
         """Gather the examples of each client.
 
         Args:
@@ -79,24 +84,19 @@ class FederatedData:
             raise ValueError("FederatedData: there is no client")
         total = len(clients)
         trees = [jax.tree.map(np.asarray, client) for client in clients]
-        sizes = count_examples(trees, range(total))
+        sizes = _count_examples(trees, range(total))
         shards = 1 if mesh is None else mesh_size(mesh)
         blocks = balance(sizes, shards)
-        table = make_table(blocks, sizes, np.arange(total), -(-total // shards), total)
+        table = _make_table(blocks, sizes, range(total), -(-total // shards), total)
         rows = max(int(sizes[block].sum()) for block in blocks)
-        return cls(
-            examples=jax.tree.map(lambda flat: split(flat, mesh), join_rows(trees, blocks, rows)),
-            offsets=split(table.offsets, mesh),
-            sizes=split(table.sizes, mesh),
-            ids=split(table.ids, mesh),
-            slots=replicate(find_slots(table.ids, total), mesh),
-            num_shards=shards,
-            smallest=int(sizes.min()),
-            largest=int(sizes.max()),
-        )
+        put = functools.partial(split, mesh=mesh)
+        offsets, counts, ids = map(put, table)
+        examples = jax.tree.map(put, _join_rows(trees, blocks, rows))
+        slots = replicate(_find_slots(table.ids, total), mesh)
+        return cls(examples, offsets, counts, ids, slots, shards, int(sizes.min()), int(sizes.max()))
 
     @classmethod
-    def from_ids(cls, examples: Any, ids: Any, mesh: Mesh | None = None) -> Self:
+    def from_ids(cls, examples: PyTree, ids: ArrayLike, mesh: Mesh | None = None) -> Self:
         """Gather examples by the client that each belongs to.
 
         Args:
@@ -112,13 +112,10 @@ class FederatedData:
         rows = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(examples)}
         if rows != {ids.shape} or ids.ndim != 1:
             raise ValueError(f"FederatedData: ids of shape {ids.shape} for arrays of {sorted(rows)} rows")
-        order = np.argsort(ids, kind="stable")
-        _, starts = np.unique(ids[order], return_index=True)
-        groups = np.split(order, starts[1:])
-        return cls.from_indices(examples, groups, mesh)
+        return cls.from_indices(examples, partition.by_id(ids), mesh)
 
     @classmethod
-    def from_indices(cls, examples: Any, parts: Sequence[Any], mesh: Mesh | None = None) -> Self:
+    def from_indices(cls, examples: PyTree, parts: Sequence[ArrayLike], mesh: Mesh | None = None) -> Self:
         """Gather the rows of each client, as the partitioners of `partition` return them.
 
         Args:
@@ -133,7 +130,7 @@ class FederatedData:
         return cls.from_clients([jax.tree.map(lambda a, p=part: a[np.asarray(p)], arrays) for part in parts], mesh)
 
     @classmethod
-    def from_local(cls, clients: Mapping[int, Any], mesh: Mesh) -> Self:
+    def from_local(cls, clients: Mapping[int, PyTree], mesh: Mesh) -> Self:
         """Gather the examples of each client, where every process gives its own clients' only.
 
         A client's examples stay on the devices of the process that gave them; the
@@ -151,44 +148,128 @@ class FederatedData:
         mesh_size(mesh)
         names = sorted(clients)
         trees = [jax.tree.map(np.asarray, clients[name]) for name in names]
+        fault: ValueError | None = None
         try:
             if not trees:
                 raise ValueError(f"FederatedData: process {jax.process_index()} has no client")
-            sizes, fault = count_examples(trees, names), None
+            sizes = _count_examples(trees, names)
         except ValueError as error:
-            sizes, fault = np.zeros(len(names), np.int64), error
+            fault, sizes = error, np.zeros(len(names), np.int64)
         own = [device.process_index == jax.process_index() for device in mesh.devices.flat]
-        all_ids, all_sizes, per_shard = _agree(names, sizes, trees, sum(own), fault)
+        all_sizes, per_shard = _agree(names, sizes, trees, sum(own), fault)
+        total = len(all_sizes)
         blocks = balance(sizes, sum(own))
         rows = _gather(np.int32(max(int(sizes[block].sum()) for block in blocks))).max()
-        table = make_table(blocks, sizes, np.array(names), per_shard, len(all_ids))
+        table = _make_table(blocks, sizes, names, per_shard, total)
 
-        def spread(local: np.ndarray[Any, Any]) -> jax.Array:
-            return jax.make_array_from_process_local_data(NamedSharding(automatic(mesh), SPLIT), local)
-
-        ids = spread(table.ids)
-        slots = find_slots(np.asarray(multihost_utils.process_allgather(ids, tiled=True)), len(all_ids))
-        return cls(
-            examples=jax.tree.map(spread, join_rows(trees, blocks, int(rows))),
-            offsets=spread(table.offsets),
-            sizes=spread(table.sizes),
-            ids=ids,
-            slots=replicate(slots, mesh),
-            num_shards=len(own),
-            smallest=int(all_sizes.min()),
-            largest=int(all_sizes.max()),
-        )
+        put = functools.partial(jax.make_array_from_process_local_data, NamedSharding(automatic(mesh), SPLIT))
+        offsets, counts, ids = map(put, table)
+        examples = jax.tree.map(put, _join_rows(trees, blocks, int(rows)))
+        slots = replicate(_find_slots(np.asarray(multihost_utils.process_allgather(ids, tiled=True)), total), mesh)
+        return cls(examples, offsets, counts, ids, slots, len(own), int(all_sizes.min()), int(all_sizes.max()))
 
 
-def _gather(value: Any) -> np.ndarray[Any, Any]:
+def balance(sizes: ArrayLike, num_shards: int) -> list[Integers]:
+    """Deal clients out to shards: as many to each, to within one, and about as many examples.
+
+    The largest first, each to the shard that has the fewest examples among those
+    with a free slot.
+
+    Returns:
+      The clients of each shard, in rising order.
+    """
+    sizes = np.asarray(sizes)
+    least, longer = divmod(len(sizes), num_shards)
+    loads = np.zeros(num_shards)
+    members: list[list[int]] = [[] for _ in range(num_shards)]
+    for client in np.argsort(-sizes, kind="stable"):
+        free = [s for s in range(num_shards) if len(members[s]) < least + (longer > 0)]
+        shard = min(free, key=lambda s: loads[s])
+        members[shard].append(int(client))
+        loads[shard] += sizes[client]
+        longer -= len(members[shard]) > least
+    return [np.sort(np.array(block, np.int64)) for block in members]
+
+
+class _Table(NamedTuple):
+    """Where the clients of some shards lie; the attributes are those of `FederatedData`."""
+
+    offsets: Integers
+    sizes: Integers
+    ids: Integers
+
+
+def _make_table(
+    blocks: Sequence[Integers], sizes: Integers, ids: Sequence[int], per_shard: int, num_clients: int
+) -> _Table:
+    """Write down where the clients of each block lie, by their positions in `sizes` and `ids`."""
+    table = np.zeros((3, len(blocks), per_shard), np.int32)
+    table[2] = num_clients
+    for shard, block in enumerate(blocks):
+        counts = sizes[block]
+        table[:, shard, : len(block)] = np.cumsum(counts) - counts, counts, np.array(ids)[block]
+    return _Table(*table.reshape(3, -1))
+
+
+def _find_slots(ids: Integers, num_clients: int) -> Integers:
+    slots = np.zeros(num_clients, np.int32)
+    taken = np.flatnonzero(ids < num_clients)
+    slots[ids[taken]] = taken
+    return slots
+
+
+def _join_rows(trees: Sequence[PyTree], blocks: Sequence[Integers], rows: int) -> PyTree:
+    """Lay out the examples of each block's clients one after the other, in blocks of as many rows."""
+    leaves, treedef = jax.tree.flatten(trees[0])
+    flats = [np.zeros((len(blocks), rows, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+    for shard, block in enumerate(blocks):
+        at = 0
+        for client in block:
+            parts = jax.tree.leaves(trees[client])
+            for flat, part in zip(flats, parts, strict=True):
+                flat[shard, at : at + len(part)] = part
+            at += len(parts[0])
+    return jax.tree.unflatten(treedef, [flat.reshape(-1, *flat.shape[2:]) for flat in flats])
+
+
+def _count_examples(trees: Sequence[PyTree], names: Sequence[int]) -> Integers:
+    """Check the clients' examples, and return how many each has."""
+    return np.array([_size(tree, name, trees[0], names[0]) for tree, name in zip(trees, names, strict=True)], np.int64)
+
+
+def _size(tree: PyTree, name: int, like: PyTree, other_name: int) -> int:
+    leaves = jax.tree.leaves(tree)
+    structure, expected = str(jax.tree.structure(tree)), str(jax.tree.structure(like))
+    if structure != expected:
+        raise ValueError(f"FederatedData: client {name} has {structure}, and client {other_name} {expected}")
+    counts = {leaf.shape[:1] for leaf in leaves}
+    if len(counts) != 1 or counts == {()}:
+        shapes = [list(leaf.shape) for leaf in leaves]
+        raise ValueError(f"FederatedData: client {name} has arrays of different numbers of examples: shapes {shapes}")
+    if counts == {(0,)}:
+        raise ValueError(f"FederatedData: client {name} has no examples")
+    for leaf, other in zip(leaves, jax.tree.leaves(like), strict=True):
+        if leaf.shape[1:] != other.shape[1:] or leaf.dtype != other.dtype:
+            raise ValueError(
+                f"FederatedData: client {name} has examples of {leaf.dtype}{list(leaf.shape[1:])}, "
+                f"and client {other_name} of {other.dtype}{list(other.shape[1:])}"
+            )
+    return int(leaves[0].shape[0])
+
+
+def _gather(value: ArrayLike) -> Integers:
     gathered = multihost_utils.process_allgather(np.asarray(value))
     return np.asarray(gathered).reshape(jax.process_count(), *np.shape(value))
 
 
 def _agree(
-    names: list[int], sizes: Any, trees: list[Any], num_shards: int, fault: ValueError | None
-) -> tuple[Any, Any, int]:
-    """Tell all processes about all clients; what is wrong in one is an error in each, so that none waits."""
+    names: list[int], sizes: Integers, trees: list[PyTree], num_shards: int, fault: ValueError | None
+) -> tuple[Integers, int]:
+    """Tell all processes about all clients; what is wrong in one is an error in each, so that none waits.
+
+    Returns:
+      The sizes of all clients, and how many slots a shard needs.
+    """
     like = [jax.tree.map(lambda a: (a.dtype.name, a.shape[1:]), tree) for tree in trees[:1]]
     about = np.array([fault is not None, zlib.crc32(repr(like).encode()), len(names), num_shards], np.uint32)
     faults, kinds, counts, shards = _gather(about).T.astype(np.int64)
@@ -211,4 +292,4 @@ def _agree(
             f"FederatedData: the clients of all processes should be numbered from 0 to {len(ids) - 1}, each once; "
             f"this one has {names}"
         )
-    return ids, all_sizes, int((-(-counts // shards)).max())
+    return all_sizes, int((-(-counts // shards)).max())

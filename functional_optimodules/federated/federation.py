@@ -4,7 +4,7 @@
         server's state; the bank: what clients keep between rounds, a row a client
     Round(data, participants):
         broadcast = server.collect
-        each participant: local steps from the parameters (see `client`)
+        each participant: local steps from the parameters (see `round`)
         server: process(reduced aux); params += server.update(-mean(delta))
 
 The same `Optimizer` objects, bricks and messages as in the stateful facade, with
@@ -12,28 +12,35 @@ the participants one by one, all at once, in chunks, or each on the device that
 owns it.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
-from collections.abc import Mapping as Dict
-from typing import Any, Literal
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.sharding import Mesh
+from numpy.typing import ArrayLike
 
-from functional_optimodules.core.packed import pack_auxes, packed_as
-from functional_optimodules.core.packing import unpack
-from functional_optimodules.federated import checks, driver, evaluation, saving
-from functional_optimodules.federated.batches import Remainder
+from functional_optimodules.aux_var import Params
+from functional_optimodules.config.fields import Interval, check_fields, hyperparameter
+from functional_optimodules.federated import checks, evaluation, saving
 from functional_optimodules.federated.data import FederatedData
-from functional_optimodules.federated.liveness import kept_leaves
-from functional_optimodules.federated.mapping import Mapping, run_participants
-from functional_optimodules.federated.participant import Shared, participate
-from functional_optimodules.federated.reduction import Totals, choose
+from functional_optimodules.federated.loss import LossFn, Metrics
+from functional_optimodules.federated.options import Execution, History, OnNonfinite, Remainder, Sampling, Weighting
+from functional_optimodules.federated.placement import mesh_size
+from functional_optimodules.federated.processes import naming_lost_peers
+from functional_optimodules.federated.round import Given, run_round
 from functional_optimodules.federated.sampling import draw, draw_by_shard
 from functional_optimodules.federated.state import FederationState, make_state
 from functional_optimodules.optimizer import Optimizer
+from functional_optimodules.packing.tree import unpack
+from functional_optimodules.types import Json, PyTree
+
+Evaluate: TypeAlias = Callable[[Params], Metrics]
+"""What `run` and `fit` call after each round."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +48,8 @@ class Federation:
     """A server and its clients.
 
     `init`, `round` and `run` are pure: they may be jitted, donated and scanned.
-    `fit` drives compiled rounds from the host.
+    `fit` drives compiled rounds from the host. `encode` and `decode` save a state
+    and restore it.
 
     Attributes:
       loss_fn: `(params, batch) -> loss` or `(params, batch, key) -> loss`, where
@@ -50,9 +58,10 @@ class Federation:
         other examples of the batch, which may be padding.
       client: the clients' optimizer.
       server: the server's optimizer. It steps on the mean of `params - y_i` as its
-        gradient: a learning rate of 1 and no module is federated averaging; the
-        modules `momentum`, `adagrad`, `adam` and `yogi` make it FedAvgM, FedAdagrad,
-        FedAdam and FedYogi.
+        gradient: a learning rate of 1 and no module is federated averaging. The modules
+        `momentum`, `adagrad`, `adam` and `yogi` adapt it in the manner of Reddi et al.,
+        and not by their algorithm 2, which corrects no bias of the moments and starts
+        the second one above 0.
       batch_size: examples in a batch of `FederatedData`; `None` for all of the
         client's.
       epochs: local passes over `FederatedData` in a round.
@@ -63,7 +72,7 @@ class Federation:
         each device's clients, which evens the devices' loads.
       mapping: how participants are run: `"scan"` one by one, `"vmap"` all at once,
         a number in chunks of that many, a mesh with an axis `clients` each on its
-        own device; `None` for what suits the backend.
+        own device; `None` for what suits the platform.
       on_nonfinite: what becomes of a client that sends a value that is not finite:
         an error after the round (from `check` or `fit`), or it is left out like one
         that dropped out.
@@ -78,48 +87,52 @@ class Federation:
       Reddi et al., "Adaptive federated optimization", ICLR 2021, arXiv:2003.00295.
     """
 
-    loss_fn: Callable[..., Any]
+    loss_fn: LossFn
     client: Optimizer
     server: Optimizer = dataclasses.field(default_factory=lambda: Optimizer(1.0))
-    batch_size: int | None = None
-    epochs: int = 1
+    batch_size: int | None = hyperparameter(default=None, within="[1, inf)")
+    epochs: int = hyperparameter(default=1, within="[1, inf)")
     remainder: Remainder = "mask"
-    weighting: Literal["uniform", "examples"] = "uniform"
-    sampling: Literal["uniform", "by-device"] = "uniform"
-    mapping: Mapping = None
-    on_nonfinite: Literal["error", "skip"] = "error"
+    weighting: Weighting = "uniform"
+    sampling: Sampling = "uniform"
+    mapping: Execution = dataclasses.field(default=None, metadata={"within": Interval("[1, inf)")})
+    on_nonfinite: OnNonfinite = "error"
 
     def __post_init__(self) -> None:
-        checks.check_options(self)
-        checks.check_counterparts(self.client, self.server)
+        check_fields(self, "Federation", ValueError)
+        if isinstance(self.mapping, Mesh):
+            mesh_size(self.mapping)
+        checks.require_counterparts(self.client, self.server)
 
-    def init(self, params: Any, clients: int | FederatedData, seed: int = 0) -> FederationState:
+    def init(self, params: Params, clients: int | FederatedData, seed: int = 0) -> FederationState:
         """Make the state of a federation, before any round.
 
         With several processes, all take the parameters and keys of process 0.
 
         Args:
-          params: the parameters, a pytree of arrays, which are copied.
+          params: the parameters, a pytree of arrays, which are copied. Nothing but
+            what is trained: no PRNG keys, counters or statistics of batches.
           clients: their number, or their data, with which the state is laid out.
           seed: where all draws of batches and participants come from.
 
         Raises:
           ValueError: if there is no client, or one has less than a batch where
-            partial ones are dropped.
+            partial ones are dropped; if a server's module was given a smaller
+            `num_clients`; or for a parameter that cannot be trained.
         """
-        return make_state(self, params, clients, seed)
+        return make_state(self, unpack(params), clients, seed)
 
     def round(
         self,
         state: FederationState,
-        data: Any,
-        participants: Any,
+        data: PyTree,
+        participants: ArrayLike,
         *,
-        num_steps: Any = None,
-        mask: Any = None,
-        weights: Any = None,
-        dropped: Any = None,
-    ) -> tuple[FederationState, dict[str, jax.Array]]:
+        num_steps: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        dropped: ArrayLike | None = None,
+    ) -> tuple[FederationState, Metrics]:
         """Run one round. Pure: it may be jitted, donated and scanned.
 
         Args:
@@ -130,8 +143,8 @@ class Federation:
           num_steps: int32[S], how many of the K given steps each takes; all if `None`.
           mask: bool[S, K, B], which of the given examples are real; all if `None`.
             Steps without a real example are not taken.
-          weights: float[S], >= 0, how much each counts in the mean; by `weighting`
-            if `None`.
+          weights: float[S], >= 0 and not all 0, how much each counts in the mean; by
+            `weighting` if `None`.
           dropped: bool[S], who drops out in mid-round: of its contribution and its
             state nothing remains.
 
@@ -142,50 +155,14 @@ class Federation:
           `joined` (whether it took part to the end).
 
         Raises:
-          ValueError: if participants are out of range or repeated, or an argument
-            is not of their number. Values are checked where they are not traced.
+          ValueError: if the state was made for another federation, participants are
+            out of range or repeated, or an argument is not of their number. Values
+            are checked where they are not traced.
         """
-        participants = checks.check_round(self, state, data, participants, num_steps, mask, weights, dropped)
-        count = participants.shape[0]
-        if num_steps is None and not isinstance(data, FederatedData):
-            num_steps = jnp.full(count, np.shape(jax.tree.leaves(data)[0])[1], jnp.int32)
-        data, options = jax.tree.map(jnp.asarray, (data, (num_steps, mask, weights, dropped)))
-        server = self.server.begin_round(state.server, state.params)
-        packed = packed_as(state.params, state.packing)
-        broadcast = pack_auxes(self.server.collect_channels(server), state.packing)
-        key = jax.random.fold_in(state.key, state.round)
-        shared = Shared(packed, participants, broadcast, key, *options)
-        slots = data.slots if isinstance(data, FederatedData) else state.slots
-        slots = slots[participants] if slots.shape[0] else jnp.arange(count, dtype=jnp.int32)
-        kept = kept_leaves(self.client, self.server, packed)
-
-        def one(*args: Any) -> tuple[Totals, list[jax.Array]]:
-            return participate(self, kept, *args)
-
-        totals, bank = run_participants(self.mapping, one, shared, data, state.bank, slots)
-        totals = unpack(totals)
-        server = self.server.process_channels(totals.auxes, server)
-        gradient = jax.tree.map(
-            lambda d, p: (-d / jnp.maximum(totals.weight, 1e-30).astype(d.real.dtype)).astype(p.dtype),
-            totals.delta,
-            state.params,
-        )
-        updates, server = self.server.update(gradient, server, state.params)
-        # Where nobody joined there was no round for the server; the bank's rows are the old ones already.
-        params, server = choose(
-            jnp.any(totals.joined > 0),
-            (optax.apply_updates(state.params, updates), server),
-            (state.params, state.server),
-        )
-        metrics = {
-            "round": state.round,
-            "participants": participants,
-            "examples": totals.examples,
-            "finite": totals.finite > 0,
-            "joined": totals.joined > 0,
-            **totals.metrics,
-        }
-        return state._replace(params=params, server=server, bank=bank, round=state.round + 1), metrics
+        chosen = checks.check_round(self, state, data, participants, num_steps, mask, dropped)
+        counts = checks.check_weights(weights, chosen.shape[0], "participants")
+        given = [None if each is None else jnp.asarray(each) for each in (num_steps, mask, counts, dropped)]
+        return run_round(self, state, data, chosen, Given(*given))
 
     def run(
         self,
@@ -195,9 +172,9 @@ class Federation:
         key: jax.Array | None = None,
         *,
         participants: int | None = None,
-        weights: Any = None,
-        evaluate: Callable[[Any], dict[str, jax.Array]] | None = None,
-    ) -> tuple[FederationState, dict[str, jax.Array]]:
+        weights: ArrayLike | None = None,
+        evaluate: Evaluate | None = None,
+    ) -> tuple[FederationState, Metrics]:
         """Run rounds, each with a fresh sample of participants. Pure, as `round` is.
 
         Args:
@@ -207,8 +184,8 @@ class Federation:
           key: replaces the state's key, for other draws.
           participants: how many clients to sample in a round, without
             replacement; all if `None`.
-          weights: float[N], how much each client counts in the mean; by
-            `weighting` if `None`.
+          weights: float[N], >= 0 and not all 0, how much each client counts in the
+            mean; by `weighting` if `None`.
           evaluate: `(params) -> metrics`, called after each round.
 
         Returns:
@@ -224,16 +201,17 @@ class Federation:
         return jax.lax.scan(lambda state, _: advance(state), state, None, length=num_rounds)
 
     def rounds(
-        self, data: FederatedData, participants: int | None, weights: Any, evaluate: Callable[..., Any] | None
-    ) -> Callable[[FederationState], tuple[FederationState, dict[str, jax.Array]]]:
+        self, data: FederatedData, participants: int | None, weights: ArrayLike | None, evaluate: Evaluate | None
+    ) -> Callable[[FederationState], tuple[FederationState, Metrics]]:
         """Return the function from a state to the next that `run` and `fit` repeat."""
-        size = checks.check_sample(data, participants, weights)
+        size = checks.check_sample(data, participants)
+        counts = checks.check_weights(weights, data.num_clients, "clients")
 
-        def advance(state: FederationState) -> tuple[FederationState, dict[str, jax.Array]]:
+        def advance(state: FederationState) -> tuple[FederationState, Metrics]:
             chosen = self.sample(state, data, size)
-            state, metrics = self.round(state, data, chosen, weights=None if weights is None else weights[chosen])
+            state, metrics = self.round(state, data, chosen, weights=None if counts is None else counts[chosen])
             found = {} if evaluate is None else evaluate(state.params)
-            checks.check_names(metrics, found)
+            checks.require_new_names(metrics, found)
             return state, metrics | found
 
         return advance
@@ -247,9 +225,12 @@ class Federation:
         return draw_by_shard(key, data.slots, data.per_shard, data.num_shards, size)
 
     def evaluate(
-        self, params: Any, data: FederatedData, *, batch_size: int | None = None, key: jax.Array | None = None
-    ) -> dict[str, jax.Array]:
+        self, params: Params, data: FederatedData, *, batch_size: int | None = None, key: jax.Array | None = None
+    ) -> Metrics:
         """Evaluate parameters on each client's data, by one compiled program.
+
+        Each example counts once, whatever `remainder` says. Where a batch is partial and
+        the loss, or a metric, is a scalar, each example is evaluated as a batch of one.
 
         Args:
           params: the parameters.
@@ -260,7 +241,8 @@ class Federation:
         Returns:
           `loss` and the loss's metrics by name, each float32[N].
         """
-        return evaluation.evaluate(self, unpack(params), data, batch_size, jax.random.key(0) if key is None else key)
+        key = jax.random.key(0) if key is None else key
+        return evaluation.evaluate(self.loss_fn, self.mapping, batch_size, unpack(params), data, key)
 
     def fit(
         self,
@@ -269,12 +251,12 @@ class Federation:
         num_rounds: int,
         *,
         participants: int | None = None,
-        weights: Any = None,
-        evaluate: Callable[[Any], dict[str, jax.Array]] | None = None,
+        weights: ArrayLike | None = None,
+        evaluate: Evaluate | None = None,
         every: int = 10,
-        callback: Callable[[FederationState, dict[str, Any]], None] | None = None,
+        callback: Callable[[FederationState, History], None] | None = None,
         progress: bool = False,
-    ) -> tuple[FederationState, dict[str, Any]]:
+    ) -> tuple[FederationState, History]:
         """Run rounds from the host, in compiled pieces. The state is donated: it can no longer be used.
 
         The numbers are the same, bit by bit, however the rounds are cut into pieces
@@ -302,10 +284,31 @@ class Federation:
           RuntimeError: if another process of the federation is lost.
           ValueError: as `run` does.
         """
-        advance = participants, weights, evaluate
-        return driver.fit(self, state, data, num_rounds, advance, every, callback, progress)
+        for name, value, least in (("num_rounds", num_rounds, 0), ("every", every, 1)):
+            if type(value) is not int or value < least:
+                raise ValueError(f"Federation: {name}={value!r} should be an integer of at least {least}")
+        checks.check_sample(data, participants)
+        counts = checks.check_weights(weights, data.num_clients, "clients")
+        pieces: list[History] = []
+        bar: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if progress and jax.process_index() == 0:
+            from tqdm.auto import tqdm
 
-    def check(self, history: Dict[str, Any]) -> None:
+            bar = tqdm(total=num_rounds, unit="round")
+        with bar as shown:
+            for done in range(0, max(num_rounds, 1), every):
+                count = min(every, num_rounds - done)
+                with naming_lost_peers():
+                    state, rows = _run_piece(self, participants, evaluate, every, state, data, counts, np.int32(count))
+                    pieces.append(jax.tree.map(lambda values, count=count: np.asarray(values)[:count], rows))
+                self.check(pieces[-1])
+                if shown is not None:
+                    shown.update(count)
+                if callback is not None and count:
+                    callback(state, pieces[-1])
+        return state, jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+
+    def check(self, history: Mapping[str, ArrayLike]) -> None:
         """Check what clients sent in rounds that were run.
 
         Args:
@@ -315,16 +318,17 @@ class Federation:
           FloatingPointError: if a client sent a value that is not finite, unless
             `on_nonfinite="skip"`; it names the round and the clients.
         """
-        checks.check_history(self, history)
+        if self.on_nonfinite == "error":
+            checks.require_finite(history)
 
-    def encode(self, state: FederationState) -> dict[str, Any]:
+    def encode(self, state: FederationState) -> dict[str, Json]:
         """Write a state, with what must not change of the federation, as JSON values.
 
         With several processes, each writes its own clients' rows.
         """
         return saving.encode(self, state)
 
-    def decode(self, payload: Any, like: FederationState) -> FederationState:
+    def decode(self, payload: Json, like: FederationState) -> FederationState:
         """Read what `encode` wrote.
 
         Args:
@@ -338,3 +342,31 @@ class Federation:
             or an array is not as expected.
         """
         return saving.decode(self, payload, like)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
+def _run_piece(
+    federation: Federation,
+    participants: int | None,
+    evaluate: Evaluate | None,
+    every: int,
+    state: FederationState,
+    data: FederatedData,
+    weights: jax.Array | None,
+    count: jax.Array,
+) -> tuple[FederationState, Metrics]:
+    """Run some rounds, at most `every`.
+
+    Their number is an argument of one program: in another one, XLA may fuse, and so
+    round, another way, and a run cut in two would differ from one that is whole.
+    """
+    advance = federation.rounds(data, participants, weights, evaluate)
+    shapes = jax.eval_shape(advance, state)[1]
+    empty = jax.tree.map(lambda leaf: jnp.zeros((every, *leaf.shape), leaf.dtype), shapes)
+
+    def body(index: jax.Array, carry: tuple[FederationState, Metrics]) -> tuple[FederationState, Metrics]:
+        state, history = carry
+        state, metrics = advance(state)
+        return state, jax.tree.map(lambda rows, row: rows.at[index].set(row), history, metrics)
+
+    return jax.lax.fori_loop(0, count, body, (state, empty))

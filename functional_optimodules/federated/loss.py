@@ -1,31 +1,57 @@
-"""Losses as users write them, made into one form.
+"""Losses as users write them, made into one form, and their averages over examples.
 
 A loss takes `(params, batch)` or `(params, batch, key)` and returns a scalar, or
 one value per example, alone or with a dict of metrics of either form.
 """
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from functional_optimodules.aux_var import Params
+from functional_optimodules.federated.batches import Batches
+from functional_optimodules.types import PyTree
+
 RESERVED = ("round", "participants", "examples", "finite", "joined", "loss")
 
-
-def takes_key(loss_fn: Callable[..., Any]) -> bool:
-    """Whether a loss takes a PRNG key as its third argument."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = [
-        parameter
-        for parameter in inspect.signature(loss_fn).parameters.values()
-        if parameter.kind in kinds and parameter.default is inspect.Parameter.empty
-    ]
-    return len(required) > 2
+LossFn: TypeAlias = Callable[..., PyTree]
+"""A loss as its user writes it."""
+Metrics: TypeAlias = dict[str, jax.Array]
+"""Metrics by name."""
+Averaged: TypeAlias = Callable[[Params, PyTree, jax.Array], tuple[jax.Array, Metrics]]
 
 
-def averaged(loss_fn: Callable[..., Any], mask: jax.Array | None, count: int) -> Callable[..., Any]:
+def _call(loss_fn: LossFn, params: Params, batch: PyTree, key: jax.Array) -> tuple[PyTree, dict[str, PyTree]]:
+    """Return the loss and its metrics, as the user's function gives them.
+
+    Raises:
+      TypeError: if the loss comes with anything but a dict of metrics, or one of
+        these is a dict itself.
+      ValueError: if a metric has a name that means something else.
+    """
+    parameters = inspect.signature(loss_fn).parameters.values()
+    required = [p for p in parameters if p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD]
+    output = loss_fn(params, batch, key) if len(required) > 2 else loss_fn(params, batch)
+    value, metrics = output if isinstance(output, tuple) and len(output) == 2 else (output, {})
+    if not isinstance(metrics, dict) or isinstance(value, tuple | dict):
+        raise TypeError(
+            f"the loss returned {output!r}: expected the loss, alone or with a dict of metrics: (loss, metrics)"
+        )
+    for name, metric in metrics.items():
+        if name in RESERVED:
+            raise ValueError(f"the loss has a metric named {name!r}, which means something else: rename it")
+        if isinstance(metric, Mapping):
+            raise TypeError(
+                f"the metric {name!r} is a {type(metric).__name__}: expected a scalar, or one value per example. Give "
+                f"each of several a name of its own, such as '{name}/{next(iter(metric), '')}'"
+            )
+    return value, metrics
+
+
+def averaged(loss_fn: LossFn, mask: jax.Array | None, count: int) -> Averaged:
     """Return a loss that is a scalar, with its metrics, both averaged over the real examples.
 
     Args:
@@ -35,12 +61,11 @@ def averaged(loss_fn: Callable[..., Any], mask: jax.Array | None, count: int) ->
 
     Raises:
       ValueError: if the loss is neither a scalar nor one value per example, or it
-        is a scalar and the batch may be padded; or if a metric has a name that
-        means something else.
-      TypeError: if the loss comes with anything but a dict of metrics.
+        is a scalar and the batch may be padded; or as `_call` does.
+      TypeError: as `_call` does.
     """
 
-    def mean(name: str, value: Any) -> jax.Array:
+    def mean(name: str, value: PyTree) -> jax.Array:
         value = jnp.asarray(value)
         if not jnp.issubdtype(value.dtype, jnp.floating):
             value = value.astype(jnp.float32)
@@ -61,17 +86,64 @@ def averaged(loss_fn: Callable[..., Any], mask: jax.Array | None, count: int) ->
             )
         return value
 
-    def call(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        output = loss_fn(params, batch, key) if takes_key(loss_fn) else loss_fn(params, batch)
-        value, metrics = output if isinstance(output, tuple) and len(output) == 2 else (output, {})
-        if not isinstance(metrics, dict) or isinstance(value, tuple | dict):
-            raise TypeError(
-                f"the loss returned {output!r}: expected the loss, alone or with a dict of metrics: (loss, metrics)"
-            )
-        for name in metrics:
-            if name in RESERVED:
-                raise ValueError(f"the loss has a metric named {name!r}, which means something else: rename it")
+    def call(params: Params, batch: PyTree, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        value, metrics = _call(loss_fn, params, batch, key)
         loss = mean("the loss", value)
         return loss, {"loss": loss, **{name: mean(f"the metric {name!r}", metric) for name, metric in metrics.items()}}
 
     return call
+
+
+def maskable(loss_fn: LossFn, params: Params, batches: Batches, key: jax.Array) -> LossFn:
+    """Return a loss of which partial batches can be masked out.
+
+    It is the user's own, but where a batch may be partial and some value is a scalar:
+    then each example is a batch of its own.
+    """
+    batch, mask = jax.eval_shape(lambda key: batches.take(batches.begin(key), jnp.int32(0)), key)
+    shapes = jax.eval_shape(lambda *args: _call(loss_fn, *args), params, batch, key)
+    if mask is None or all(leaf.shape for leaf in jax.tree.leaves(shapes)):
+        return loss_fn
+
+    def by_example(params: Params, batch: PyTree, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        def one(index: jax.Array, example: PyTree) -> tuple[jax.Array, Metrics]:
+            alone = jax.tree.map(lambda leaf: leaf[None], example)
+            loss, metrics = averaged(loss_fn, None, 1)(params, alone, jax.random.fold_in(key, index))
+            return loss, {name: metric for name, metric in metrics.items() if name != "loss"}
+
+        return jax.vmap(one)(jnp.arange(batches.size), batch)
+
+    return by_example
+
+
+class Averages(NamedTuple):
+    """Averages of metrics over examples, batch by batch.
+
+    Attributes:
+      totals: by name, the sum over examples: a float32 scalar.
+      seen: float32 scalar, how many examples these are.
+    """
+
+    totals: Metrics
+    seen: jax.Array
+
+    @classmethod
+    def start(cls, loss_fn: LossFn, params: Params, batches: Batches) -> "Averages":
+        """Return a zero for each metric of a loss."""
+
+        def first(params: Params, key: jax.Array) -> Metrics:
+            batch, mask = batches.take(batches.begin(key), jnp.int32(0))
+            return averaged(loss_fn, mask, batches.size)(params, batch, key)[1]
+
+        names = jax.eval_shape(first, params, jax.random.key(0))
+        return cls(jax.tree.map(lambda _: jnp.float32(0), names), jnp.float32(0))
+
+    def add(self, metrics: Metrics, mask: jax.Array | None, size: int) -> "Averages":
+        """Add the averages over a batch."""
+        real = jnp.float32(size) if mask is None else jnp.sum(mask, dtype=jnp.float32)
+        totals = jax.tree.map(lambda total, m: total + real * m.astype(jnp.float32), self.totals, metrics)
+        return Averages(totals, self.seen + real)
+
+    def value(self) -> Metrics:
+        """Return the averages, 0 over no example."""
+        return jax.tree.map(lambda total: total / jnp.maximum(self.seen, 1), self.totals)

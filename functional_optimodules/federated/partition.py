@@ -6,11 +6,11 @@ same seed gives the same split.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-Indices = np.ndarray[Any, np.dtype[np.int64]]
+Indices = NDArray[np.int64]
 Seed = int | Sequence[int] | np.random.Generator
 
 _TRIES = 1000
@@ -33,7 +33,7 @@ def iid(num_examples: int, num_clients: int, seed: Seed = 0) -> list[Indices]:
 
 
 def dirichlet(
-    labels: Any, num_clients: int, alpha: float = 0.5, seed: Seed = 0, min_examples: int = 1
+    labels: ArrayLike, num_clients: int, alpha: float = 0.5, seed: Seed = 0, min_examples: int = 1
 ) -> list[Indices]:
     """Deal the examples of each label out in shares drawn from a Dirichlet distribution.
 
@@ -82,7 +82,7 @@ def dirichlet(
     )
 
 
-def sorted_shards(labels: Any, num_clients: int, similarity: float = 0.0, seed: Seed = 0) -> list[Indices]:
+def sorted_shards(labels: ArrayLike, num_clients: int, similarity: float = 0.0, seed: Seed = 0) -> list[Indices]:
     """Deal a share of the examples out at random and the rest sorted by label, in equal numbers.
 
     Args:
@@ -115,7 +115,7 @@ def sorted_shards(labels: Any, num_clients: int, similarity: float = 0.0, seed: 
     return [np.sort(np.concatenate(parts)) for parts in zip(even, skewed, strict=True)]
 
 
-def by_id(ids: Any) -> list[Indices]:
+def by_id(ids: ArrayLike) -> list[Indices]:
     """Give each example to the client that it belongs to.
 
     Args:
@@ -132,7 +132,7 @@ def by_id(ids: Any) -> list[Indices]:
     return np.split(order, starts[1:])
 
 
-def _labels(labels: Any) -> np.ndarray[Any, Any]:
+def _labels(labels: ArrayLike) -> NDArray[np.generic]:
     labels = np.asarray(labels)
     if labels.ndim != 1:
         raise ValueError(f"labels and ids are one value an example, not of shape {list(labels.shape)}")

@@ -38,14 +38,14 @@ def noisy_loss(params: Any, batch: Any, key: jax.Array) -> Any:
     return values, {"draw": jnp.full(values.shape, jnp.sum(draw))}
 
 
-def optimizers() -> tuple[fo.Optimizer, fo.Optimizer]:
+def optimizers(num_clients: int = NUM_CLIENTS) -> tuple[fo.Optimizer, fo.Optimizer]:
     client = fo.Optimizer(0.2, regularizers=[("fedprox", {"alpha": 0.1})], modules=["scaffold-client"])
-    server = fo.Optimizer(0.05, modules=[("scaffold-server", {"num_clients": NUM_CLIENTS}), "adam"])
+    server = fo.Optimizer(0.05, modules=[("scaffold-server", {"num_clients": num_clients}), "adam"])
     return client, server
 
 
-def federation(**options: Any) -> Federation:
-    client, server = optimizers()
+def federation(num_clients: int = NUM_CLIENTS, **options: Any) -> Federation:
+    client, server = optimizers(num_clients)
     return Federation(loss, client, server, batch_size=BATCH, epochs=EPOCHS, weighting="examples", **options)
 
 

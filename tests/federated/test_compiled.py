@@ -16,7 +16,7 @@ from . import problem
 def memory(num_clients: int, participants: int, mapping: Any) -> Any:
     client = {"x": np.ones((8, 3), np.float32), "y": np.zeros(8, np.int32)}
     data = FederatedData.from_clients([client] * num_clients)
-    federation = problem.federation(mapping=mapping)
+    federation = problem.federation(num_clients, mapping=mapping)
     params = {"w": np.zeros((3, 50), np.float32), "b": np.zeros(50, np.float32)}
     state = federation.init(params, data)
     bank = sum(leaf.nbytes for leaf in state.bank)
@@ -37,6 +37,18 @@ def test_temporary_memory_depends_neither_on_the_bank_nor_on_the_participants(ma
 
 def test_vmap_takes_memory_by_participant() -> None:
     assert memory(100, 64, "vmap")[0] > 4 * memory(100, 8, "vmap")[0]
+
+
+@pytest.mark.parametrize(("platform", "transposed"), [("cpu", True), ("cuda", False), ("tpu", False)])
+def test_the_layout_of_gradients_is_chosen_for_the_platform_that_a_round_is_lowered_for(
+    platform: str, transposed: bool
+) -> None:
+    data = FederatedData.from_clients([{"x": np.ones((8, 300), np.float32), "y": np.zeros(8, np.int32)}])
+    federation = Federation(problem.loss, fo.Optimizer(0.1), batch_size=4, mapping="scan")
+    state = federation.init({"w": np.ones((300, 10), np.float32), "b": np.zeros(10, np.float32)}, data)
+    traced = jax.jit(lambda s, d: federation.round(s, d, np.zeros(1, np.int32))).trace(state, data)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert bool(re.search(r"optimization_barrier %\w+ : tensor<10x300xf32>", text)) == transposed
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends lay out results as they like")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from functional_optimodules.federated import FederatedData, clients_mesh, partition
-from functional_optimodules.federated.blocks import balance
+from functional_optimodules.federated.data import balance
 
 LABELS = np.random.default_rng(0).integers(0, 10, 2_000)
 

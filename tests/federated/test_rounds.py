@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import functional_optimodules as fo
-from functional_optimodules.core.aux_var import FromClients, FromServer, PerClient, Scalar
-from functional_optimodules.federated import FederatedData, Federation
+from functional_optimodules.aux_var import FromClients, FromServer, Max, Min, Params, PerClient, Scalar
+from functional_optimodules.federated import FederatedData, Federation, clients_mesh
 
 LRATE, CLIENTS, STEPS, BATCH = 0.1, 6, 3, 4
 WHO = np.array([4, 0, 2])
@@ -291,7 +291,7 @@ class ClaimsModule(fo.OptiModule, register=False):
     num_clients: int = CLIENTS
 
     def init(self, params: Any) -> ClaimState:
-        return ClaimState(10.0 * jnp.arange(CLIENTS))
+        return ClaimState(10.0 * jnp.arange(self.num_clients))
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         return updates, state
@@ -315,3 +315,56 @@ def test_variables_per_client_reach_the_client_that_they_are_for_and_come_back_b
     assert state.server.modules["claim-server"].share.tolist() == [1, 0, 21, 0, 41, 0]
     # Each step subtracts the client's own share; client 4 takes two, the others three.
     np.testing.assert_allclose(state.params["w"], np.array([1, -2]) - (2 * 40 + 3 * 0 + 3 * 20) / 3, rtol=1e-6)
+
+
+class Extremes(FromClients):
+    largest: Max[Params]
+    smallest: Min[Scalar]
+
+
+class ExtremesState(NamedTuple):
+    largest: Params
+    smallest: jax.Array
+
+
+class ExtremesModule(fo.OptiModule, register=False):
+    """Says what the last gradient was, and its first element."""
+
+    name: ClassVar[str] = "extremes-client"
+    aux_name: ClassVar[str] = "extremes"
+    sends = Extremes
+
+    def init(self, params: Any) -> ExtremesState:
+        return ExtremesState(jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        return updates, ExtremesState(updates, updates["w"][0])
+
+    def collect(self, state: Any) -> Extremes:
+        return Extremes(*state)
+
+
+class ExtremesServerModule(ExtremesModule, register=False):
+    name: ClassVar[str] = "extremes-server"
+    sends = None
+    receives = Extremes
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        return updates, state
+
+    def collect(self, state: Any) -> None:
+        return None
+
+    def process(self, aux: Any, state: Any) -> ExtremesState:
+        return ExtremesState(aux.largest, aux.smallest)
+
+
+@pytest.mark.parametrize("mapping", ["scan", 2, clients_mesh(jax.devices()[:1])], ids=["scan", "chunks", "mesh"])
+def test_the_server_gets_the_largest_and_the_smallest_of_those_who_joined(mapping: Any) -> None:
+    client, server = (fo.Optimizer(LRATE, modules=[m]) for m in (ExtremesModule(), ExtremesServerModule()))
+    federation = Federation(squares, client, server, mapping=mapping)
+    state, _ = one_round(federation, steps=np.ones(CLIENTS, int), dropped=np.array([False, True, False]))
+    gradients = np.stack([np.array([1, -2]) - batches()[who][0][masks()[who][0]].mean(axis=0) for who in (4, 2)])
+    found = state.server.modules["extremes-server"]
+    np.testing.assert_allclose(found.largest["w"], gradients.max(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(found.smallest, gradients[:, 0].min(), rtol=1e-6)

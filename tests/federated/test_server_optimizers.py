@@ -1,4 +1,4 @@
-"""FedAvg and the adaptive methods of Reddi et al. (arXiv:2003.00295, algorithm 2) come from the server's optimizer."""
+"""FedAvg, and adaptive methods in the manner of Reddi et al. (arXiv:2003.00295), come from the server's optimizer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -51,7 +51,7 @@ BETAS = {"beta_1": B1, "beta_2": B2, "eps": TAU}
     ],
     ids=["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi"],
 )
-def test_steps_along_the_mean_of_the_clients_deltas_as_in_the_paper(modules: Any, rule: Rule) -> None:
+def test_the_server_steps_along_the_mean_of_the_clients_deltas(modules: Any, rule: Rule) -> None:
     data = FederatedData.from_clients([target[None].astype(np.float32) for target in TARGETS])
     federation = Federation(
         lambda w, batch: 0.5 * jnp.sum((w - batch) ** 2, axis=-1),
