@@ -6,7 +6,7 @@ import mypy.api
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BRICK = '''
+BRICK = """
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ class Counting(fo.OptiModule[Count]):
         self, updates: Updates, state: Count, params: fo.Params = None, **extra_args: PyTree
     ) -> {returned}:
         return {value}
-'''
+"""
 
 
 def check(tmp_path: Path, returned: str, value: str) -> str:
@@ -48,7 +48,11 @@ def test_a_right_brick_passes(tmp_path: Path) -> None:
     [
         ("Updates", "updates", 'incompatible with return type "tuple[object, Count]"'),
         ("tuple[Updates, Count]", "updates", 'got "object", expected "tuple[object, Count]"'),
-        ("tuple[Updates, Count]", "updates, state.steps", 'got "tuple[object, Array]", expected "tuple[object, Count]"'),
+        (
+            "tuple[Updates, Count]",
+            "updates, state.steps",
+            'got "tuple[object, Array]", expected "tuple[object, Count]"',
+        ),
     ],
 )
 def test_a_brick_whose_update_returns_no_state_is_refused(

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from numpy.typing import ArrayLike, NDArray
 
 from functional_optimodules.federated import partition
-from functional_optimodules.federated.placement import SPLIT, WHOLE, automatic, mesh_size, replicate, split
+from functional_optimodules.federated.placement import SPLIT, WHOLE, mesh_size, replicate, split, with_auto_axes
 from functional_optimodules.types import PyTree
 
 Integers = NDArray[np.integer]
@@ -62,7 +62,7 @@ class FederatedData:
         """R, the number of slots of a block."""
         return self.ids.shape[0] // self.num_shards
 
-    def specs(self) -> Self:
+    def partition_specs(self) -> Self:
         """Say of each array whether it is split over a mesh or whole on every device, as `shard_map` asks."""
         return dataclasses.replace(jax.tree.map(lambda _: SPLIT, self), slots=WHOLE)
 
@@ -162,7 +162,7 @@ class FederatedData:
         rows = _gather(np.int32(max(int(sizes[block].sum()) for block in blocks))).max()
         table = _make_table(blocks, sizes, names, per_shard, total)
 
-        put = functools.partial(jax.make_array_from_process_local_data, NamedSharding(automatic(mesh), SPLIT))
+        put = functools.partial(jax.make_array_from_process_local_data, NamedSharding(with_auto_axes(mesh), SPLIT))
         offsets, counts, ids = map(put, table)
         examples = jax.tree.map(put, _join_rows(trees, blocks, int(rows)))
         slots = replicate(_find_slots(np.asarray(multihost_utils.process_allgather(ids, tiled=True)), total), mesh)

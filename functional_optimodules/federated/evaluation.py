@@ -42,6 +42,6 @@ def evaluate(
     mesh = mesh_of(execution)
     if mesh is None:
         return local(params, data, key)
-    specs = WHOLE, data.specs(), WHOLE
+    specs = WHOLE, data.partition_specs(), WHOLE
     gathered: Callable[..., Metrics] = lambda *args: jax.lax.psum(local(*args), AXIS)  # noqa: E731
     return jax.shard_map(gathered, mesh=mesh, in_specs=specs, out_specs=WHOLE, check_vma=False)(params, data, key)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from functional_optimodules.aux_var import Params
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.options import Execution
-from functional_optimodules.federated.placement import AXIS, SPLIT, WHOLE, automatic, mesh_size
+from functional_optimodules.federated.placement import AXIS, SPLIT, WHOLE, mesh_size, with_auto_axes
 from functional_optimodules.numerics import where
 from functional_optimodules.types import PyTree
 from functional_optimodules.xla import behind_branch
@@ -48,7 +48,7 @@ Work = Callable[[Shared, PyTree, jax.Array, jax.Array, Rows], tuple[Total, Rows]
 
 def mesh_of(execution: Execution) -> Mesh | None:
     """Return the mesh, where participants are spread over one."""
-    return automatic(execution) if isinstance(execution, Mesh) else None
+    return with_auto_axes(execution) if isinstance(execution, Mesh) else None
 
 
 def require_blocks(data: FederatedData, execution: Execution) -> None:
@@ -118,7 +118,7 @@ def run_participants(
         totals, bank = _loop(work, chunk, shared, data, bank, slots, mine)
         return totals.across(AXIS), bank
 
-    specs = WHOLE, data.specs() if held else WHOLE, SPLIT, WHOLE
+    specs = WHOLE, data.partition_specs() if held else WHOLE, SPLIT, WHOLE
     run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(WHOLE, SPLIT), check_vma=False)
     return run(shared, data, bank, slots)
 

@@ -31,14 +31,14 @@ def mesh_size(mesh: Mesh) -> int:
     return int(mesh.shape[AXIS])
 
 
-def automatic(mesh: Mesh) -> Mesh:
+def with_auto_axes(mesh: Mesh) -> Mesh:
     """Return the mesh with axes that JAX places arrays on by itself, whatever theirs were."""
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def split(array: NDArray[np.generic], mesh: Mesh | None) -> jax.Array:
     """Put blocks of rows on the devices of a mesh, each device's its own."""
-    return jax.device_put(array, None if mesh is None else NamedSharding(automatic(mesh), SPLIT))
+    return jax.device_put(array, None if mesh is None else NamedSharding(with_auto_axes(mesh), SPLIT))
 
 
 def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
@@ -48,7 +48,7 @@ def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
     """
     if mesh is None:
         return jax.tree.map(lambda leaf: jax.numpy.array(leaf), tree)
-    place = NamedSharding(automatic(mesh), WHOLE)
+    place = NamedSharding(with_auto_axes(mesh), WHOLE)
     if jax.process_count() == 1:
         return jax.tree.map(lambda leaf: jax.device_put(jax.numpy.array(leaf), place), tree)
     return jax.tree.map(lambda leaf: _from_first(leaf, place), tree)

@@ -25,7 +25,7 @@ from functional_optimodules.federated.execution import Rows, mesh_of
 from functional_optimodules.federated.placement import SPLIT, mesh_size, replicate
 from functional_optimodules.optimizer import OptimizerState
 from functional_optimodules.packing.adapter import Adapter, adapted
-from functional_optimodules.packing.policy import automatic
+from functional_optimodules.packing.policy import worthwhile
 from functional_optimodules.packing.tree import Packing
 from functional_optimodules.random.keys import shapes_only
 from functional_optimodules.types import PyTree
@@ -167,7 +167,7 @@ def make_state(federation: "Federation", params: Params, clients: int | Federate
     _require_trained(params)
     mesh = mesh_of(federation.mapping)
     # By the shapes alone: clients' work is laid out by the mesh, wherever the parameters come from.
-    packing = automatic(jax.eval_shape(lambda tree: tree, params))
+    packing = worthwhile(jax.eval_shape(lambda tree: tree, params))
     sides = sides_of(federation, params, packing)
     client = sides.client
     state = FederationState(

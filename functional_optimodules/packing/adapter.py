@@ -16,7 +16,7 @@ import optax
 from functional_optimodules.aux_var import AuxVar, Params
 from functional_optimodules.checked import name_of, require_arrays, require_like, require_pair
 from functional_optimodules.contract import Contract
-from functional_optimodules.packing.policy import automatic, packed_as
+from functional_optimodules.packing.policy import packed_as, worthwhile
 from functional_optimodules.packing.tree import Packing, is_packed, unpack
 from functional_optimodules.types import PyTree, State, Updates
 
@@ -180,7 +180,7 @@ def adapted(brick: Contract[State], packing: Packing | None = None) -> Adapter[S
 
 def fitted(brick: Contract[State], params: Params) -> Adapter[State]:
     """Return a brick as it acts best on such parameters: packed as they are, or as is worth it."""
-    return adapted(brick, params.packing if is_packed(params) else automatic(params))
+    return adapted(brick, params.packing if is_packed(params) else worthwhile(params))
 
 
 def packed_like(updates: Updates, params: Params) -> Updates:

@@ -72,7 +72,7 @@ def pack(tree: PyTree, *, like: PyTree = None, small: int | None = None) -> Pack
     return Packing.of(tree, small).pack(tree)
 
 
-def automatic(tree: PyTree) -> Packing | None:
+def worthwhile(tree: PyTree) -> Packing | None:
     """Return how to pack a tree, or `None` if it is not worth it."""
     packing = Packing.of(tree, small_leaf(), _FEWEST)
     return packing if packing.groups else None

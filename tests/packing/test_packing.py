@@ -215,12 +215,12 @@ def test_a_flax_training_state_stays_packed():
 
 
 def test_a_buffer_is_worth_it_for_some_leaves_only(monkeypatch):
-    assert packed.automatic({"w": jnp.ones(3), "b": jnp.ones(3)}) is None
-    assert packed.automatic(layers(50)).groups
+    assert packed.worthwhile({"w": jnp.ones(3), "b": jnp.ones(3)}) is None
+    assert packed.worthwhile(layers(50)).groups
     fo.set_small_leaf(0)
     try:
         assert fo.small_leaf() == 0
-        assert packed.automatic(layers(50)) is None
+        assert packed.worthwhile(layers(50)) is None
         assert not fo.pack(layers(2)).buffers
     finally:
         fo.set_small_leaf(None)
