@@ -5,7 +5,7 @@ over pytrees, for `optax.chain`, Flax, `jit` and `scan`. The same object offers
 `run`, `get_state` and messages between clients and servers.
 """
 
-from functional_optimodules.aux_var import FromClients, FromServer, Max, Min, Params, PerClient, Scalar
+from functional_optimodules.aux_var import FromClients, FromServer, Max, Min, PerClient, Scalar
 from functional_optimodules.brick import OptiModule, Regularizer, list_optim_modules, list_optim_regularizers
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.modules.adaptive import AdaGradModule, AdamModule, RMSPropModule, YogiModule
@@ -34,6 +34,7 @@ from functional_optimodules.schedulers import (
     WarmupRounds,
     list_rate_schedulers,
 )
+from functional_optimodules.types import Params
 
 __version__ = "0.1.0"
 

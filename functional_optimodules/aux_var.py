@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Self, TypeAli
 import jax
 import jax.numpy as jnp
 
-from functional_optimodules.types import PyTree
+from functional_optimodules.types import Mark, PyTree
 
 T = TypeVar("T")
 
@@ -60,43 +60,31 @@ class Reduction(enum.Enum):
         return jax.tree.map(lambda leaf: function(leaf, axis), values)
 
 
-class _Mark(enum.Enum):
-    SHAPED = "shaped like the parameters"
-    SCALAR = "one number"
-    PER_CLIENT = "one for each client"
-
-    def __repr__(self) -> str:
-        return self.value
-
-
-Params: TypeAlias = Annotated[PyTree, _Mark.SHAPED]
-"""The parameters, a pytree of arrays; as a variable, one that is shaped like them."""
-Scalar: TypeAlias = Annotated[jax.Array, _Mark.SCALAR]
+Scalar: TypeAlias = Annotated[jax.Array, Mark.SCALAR]
 """A variable that is one number."""
 
 if TYPE_CHECKING:  # each is its variable's own type; what it adds is read when the class is declared
     Max = Annotated[T, Reduction.MAX]
     Min = Annotated[T, Reduction.MIN]
-    PerClient = Annotated[T, _Mark.PER_CLIENT]
-else:  # classes, for `help` to show their own words
+    PerClient = Annotated[T, Mark.PER_CLIENT]
+else:
 
-    class Max:
-        """`Max[Scalar]`: a variable of clients of which the server gets the largest, element by element."""
+    class _Marking:
+        """What stands before the brackets: `Max[Scalar]`; an instance for `help` to show its own words."""
 
-        def __class_getitem__(cls, variable):
-            return Annotated[variable, Reduction.MAX]
+        def __init__(self, mark, words):
+            self.mark, self.__doc__ = mark, words
 
-    class Min:
-        """`Min[Scalar]`: a variable of clients of which the server gets the smallest, element by element."""
+        def __getitem__(self, variable):
+            return Annotated[variable, self.mark]
 
-        def __class_getitem__(cls, variable):
-            return Annotated[variable, Reduction.MIN]
-
-    class PerClient:
-        """`PerClient[Scalar]`: a variable with a leading axis of clients on the server's side, without it on theirs."""
-
-        def __class_getitem__(cls, variable):
-            return Annotated[variable, _Mark.PER_CLIENT]
+    _SERVER_GETS = "`{0}[Scalar]`: a variable of clients of which the server gets the {1}, element by element."
+    Max = _Marking(Reduction.MAX, _SERVER_GETS.format("Max", "largest"))
+    Min = _Marking(Reduction.MIN, _SERVER_GETS.format("Min", "smallest"))
+    PerClient = _Marking(
+        Mark.PER_CLIENT,
+        "`PerClient[Scalar]`: with a leading axis of clients on the server's side, without it on theirs.",
+    )
 
 
 class Variable(NamedTuple):
@@ -118,7 +106,7 @@ class Variable(NamedTuple):
     def of(cls, marks: tuple[object, ...]) -> Self:
         """Read the marks of an annotation."""
         reduction = next((mark for mark in marks if isinstance(mark, Reduction)), Reduction.SUM)
-        return cls(_Mark.SHAPED in marks, _Mark.SCALAR in marks, _Mark.PER_CLIENT in marks, reduction)
+        return cls(Mark.SHAPED in marks, Mark.SCALAR in marks, Mark.PER_CLIENT in marks, reduction)
 
 
 @dataclass_transform(frozen_default=True)
@@ -145,7 +133,7 @@ class AuxVar:
         found = {}
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
             marks = getattr(hints[field.name], "__metadata__", ())
-            ways = [mark for mark in marks if isinstance(mark, Reduction) or mark is _Mark.PER_CLIENT]
+            ways = [mark for mark in marks if isinstance(mark, Reduction) or mark is Mark.PER_CLIENT]
             reduced = any(isinstance(mark, Reduction) for mark in ways)
             if len(ways) > 1 or (reduced and cls.sender == "server"):
                 raise TypeError(f"{cls.__name__}: {field.name} cannot be reduced as {sorted(map(str, ways))}")

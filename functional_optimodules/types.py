@@ -1,6 +1,7 @@
 """What signatures speak of."""
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+import enum
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import jax
 import numpy as np
@@ -14,8 +15,22 @@ else:
 
     State = TypeVar("State")
 
+
+class Mark(enum.Enum):
+    """What the annotation of an auxiliary variable says of it."""
+
+    SHAPED = "shaped like the parameters"
+    SCALAR = "one number"
+    PER_CLIENT = "one for each client"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
 PyTree: TypeAlias = Any
 """A pytree of arrays: dicts, lists, dataclasses, `nnx.State`, in any nesting."""
+Params: TypeAlias = Annotated[PyTree, Mark.SHAPED]
+"""The parameters, a pytree of arrays; as an auxiliary variable, one that is shaped like them."""
 Updates: TypeAlias = object
 """Gradients, or what bricks made of them: a pytree shaped like the parameters.
 

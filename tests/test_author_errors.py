@@ -10,6 +10,8 @@ import pytest
 
 import functional_optimodules as fo
 from functional_optimodules.numerics import zeros_wide
+from functional_optimodules.wire.messages import encode_message
+from functional_optimodules.wire.paths import Specs
 
 
 class State(NamedTuple):
@@ -76,6 +78,43 @@ class LosingRound(Right, register=False):
         return None
 
 
+class Report(fo.FromClients):
+    total: fo.Params
+
+
+class Broadcast(fo.FromServer):
+    total: fo.Params
+
+
+class Server(Right, register=False):
+    """A server's module, right but for the method that those below replace."""
+
+    aux_name: ClassVar[str] = "report"
+    sends = Broadcast
+    receives = Report
+
+    def collect(self, state):
+        return Broadcast(state.total)
+
+    def process(self, aux, state):
+        return state
+
+
+class LosingMessage(Server, register=False):
+    def process(self, aux, state):
+        return None
+
+
+class SendingState(Server, register=False):
+    def collect(self, state):
+        return state
+
+
+class LosingCommit(Server, register=False):
+    def commit(self, state):
+        return State(())
+
+
 FAULTS = {
     Forgetting: r"Forgetting.update returned one dict: expected two values.*\n.*updates\n.*return updates, state",
     OnlyState: "OnlyState.update returned one State: expected two values",
@@ -117,6 +156,26 @@ def in_pure_code(brick, tree):
 def test_what_a_method_returns_is_checked_with_the_same_words_everywhere(cls, call, count):
     with pytest.raises(TypeError, match=FAULTS[cls]):
         call(cls(), params(count))
+
+
+@pytest.mark.parametrize("count", [2, 10])
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (LosingMessage, r"LosingMessage.process changed the structure of the state, at .*total\['00'\]"),
+        (SendingState, "SendingState.collect returned State, and `sends` declares Broadcast"),
+        (LosingCommit, r"LosingCommit.commit changed the structure of the state, at .*total\['00'\]"),
+    ],
+)
+def test_what_the_methods_of_an_exchange_return_is_checked_too(cls, message, count):
+    tree = params(count)
+    bare, optimizer = cls(), fo.Optimizer(1.0, modules=[cls()])
+    for each in (bare, optimizer):
+        each.setup(tree)
+        with pytest.raises(TypeError, match=message):
+            each.collect_aux_var()
+            aux = {"name": {"report": encode_message(Report(tree), "report", Specs.of(tree))}}
+            each.process_aux_var(aux if each is optimizer else {"name": aux["name"]["report"]})
 
 
 def test_a_chain_of_optax_says_it_too():

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from functional_optimodules.aux_var import AuxVar, Params
+from functional_optimodules.aux_var import AuxVar
 from functional_optimodules.checked import name_of, require_arrays, require_like, require_pair
 from functional_optimodules.contract import Contract
 from functional_optimodules.packing.policy import packed_as, worthwhile
 from functional_optimodules.packing.tree import Packing, is_packed, unpack
-from functional_optimodules.types import PyTree, State, Updates
+from functional_optimodules.random.keys import shapes_only
+from functional_optimodules.types import Params, PyTree, State, Updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Adapter(Generic[State]):
     def blank(self, params: Params) -> Params:
         """Return parameters, as `hold` does, of no particular values: for states that start from none."""
         return self.hold(params)
+
+    def model(self, params: Params) -> State:
+        """Return the shapes of the state that `init` makes."""
+        with shapes_only():
+            return jax.eval_shape(self.init, params)
 
     def init(self, params: Params) -> State:
         """Make the state."""

@@ -11,13 +11,12 @@ from typing import Any, Generic
 import jax
 import jax.numpy as jnp
 
-from functional_optimodules.aux_var import Params
 from functional_optimodules.contract import Contract
 from functional_optimodules.dependence import reads_values
 from functional_optimodules.packing.adapter import Adapter, adapted
 from functional_optimodules.packing.tree import shapes
-from functional_optimodules.random.keys import shapes_only
-from functional_optimodules.types import PyTree, State, Updates
+from functional_optimodules.stateful.placement import Homes
+from functional_optimodules.types import Params, PyTree, State, Updates
 from functional_optimodules.wire.layout import Layout
 from functional_optimodules.wire.paths import Specs
 
@@ -26,16 +25,15 @@ _MOST_BYTES = 2**32
 
 
 @functools.lru_cache(maxsize=512)
-def compiled(adapter: Adapter[State]) -> "Compiled[State]":
+def compiled(adapter: Adapter[State], homes: Homes | None) -> "Compiled[State]":
     """Return the compiled methods of a brick as it acts on some parameters, the same for equal ones."""
-    return Compiled(adapter)
+    return Compiled(adapter, homes)
 
 
 @functools.lru_cache(maxsize=512)
 def layout_of(brick: Contract, specs: Specs) -> Layout:
     """Return which parts of a brick's state are shaped like its parameters."""
-    with shapes_only():
-        return Layout(jax.eval_shape(adapted(brick).init, specs.by_path))
+    return Layout(adapted(brick).model(specs.by_path))
 
 
 @functools.lru_cache(maxsize=512)
@@ -45,18 +43,23 @@ def starts_from_values(brick: Contract, specs: Specs) -> bool:
 
 
 class Compiled(Generic[State]):
-    """The compiled methods of a brick. Only `step` and `apply` donate, and only what they name."""
+    """The compiled methods of a brick. Only `step` and `apply` donate, and only what they name.
 
-    def __init__(self, adapter: Adapter[State]) -> None:
-        self.adapter = adapter
+    Args:
+      adapter: the brick, as it acts on the parameters.
+      homes: where these lie, if over a mesh of devices.
+    """
+
+    def __init__(self, adapter: Adapter[State], homes: Homes | None) -> None:
+        self.adapter, self.homes = adapter, homes
         self.owner = type(adapter.brick).__name__
         self.step = jax.jit(self._step, static_argnums=0, donate_argnums=1)
         self.apply = jax.jit(self._apply, static_argnums=0, donate_argnums=1)
         self.apply_donated = jax.jit(self._apply, static_argnums=0, donate_argnums=(1, 2))
-        self.begin_round = jax.jit(adapter.begin_round)
-        self.commit = jax.jit(adapter.commit)
+        self.begin_round = jax.jit(lambda state, params: self._homed(adapter.begin_round(state, params)))
+        self.commit = jax.jit(lambda state: self._homed(adapter.commit(state)))
         self.collect = jax.jit(adapter.collect)
-        self.process = jax.jit(adapter.process)
+        self.process = jax.jit(lambda auxes, state: self._homed(adapter.process(auxes, state)))
 
     # Of what is donated, the state comes first, and so it does in what is returned: JAX pairs
     # donated buffers with outputs of their shape in order, and XLA copies where pairs cross.
@@ -66,14 +69,17 @@ class Compiled(Generic[State]):
     ) -> tuple[State, Updates]:
         self._require(specs, gradients, params)
         output, new = self.adapter.update(gradients, state, params, **extra_args)
-        return new, output
+        return self._homed(new), output if self.homes is None else self.homes.beside_params(output)
 
     def _apply(
         self, specs: Specs, state: State, params: Params, gradients: Updates, extra_args: dict[str, PyTree]
     ) -> tuple[State, Params]:
         self._require(specs, gradients, params)
         applied, new = self.adapter.apply(gradients, state, params, **extra_args)
-        return new, applied
+        return self._homed(new), applied if self.homes is None else self.homes.beside_params(applied)
+
+    def _homed(self, state: State) -> State:
+        return state if self.homes is None else self.homes.beside_state(state)
 
     def _require(self, specs: Specs, gradients: Updates, params: Params) -> None:
         specs.require_tree(shapes(gradients), f"{self.owner}: the tree of gradients")
@@ -110,8 +116,3 @@ class Compiled(Generic[State]):
             raise ValueError(f"{self.owner}: the parameters would take {size} bytes: call `setup(params)` first")
         zeros = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in specs.by_path.items()}
         return self.init(specs, specs.tree(zeros))
-
-    def model(self, params: Params) -> State:
-        """Return the shapes of the state that parameters get, in the form that the brick holds."""
-        with shapes_only():
-            return jax.eval_shape(self.adapter.init, params)

@@ -6,7 +6,7 @@ or sorted, `{aux_name: {client: message}}`.
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -117,18 +117,11 @@ def _merge(left: PyTree, right: PyTree) -> Any:
     return left.merge(right)
 
 
-class Life(NamedTuple):
-    """What a saved session says beside its variables; the attributes are those of `Memory`."""
+def read_life(saved: Json, name: str, owner: str) -> tuple[Specs | None, dict[str, Any]]:
+    """Read what a session saved, all but its variables: the specs, and other attributes of its memory by name.
 
-    specs: Specs | None
-    rounds_begun: int
-    message_out: bool
-    clients: tuple[str, ...]
-    round: Literal["begun", "sent"] | None
-
-
-def read_life(saved: Json, name: str, owner: str) -> Life:
-    """Check what a session saved, all but its variables. Raises as `set_state` does."""
+    Raises as `set_state` does.
+    """
     if not isinstance(saved, Mapping):
         raise TypeError(f"{owner}: a state is a mapping, not {type(saved).__name__}")
     require_keys({key: saved[key] for key in saved if key != "round"}, _STATE_KEYS, f"{owner}: the state")
@@ -148,4 +141,4 @@ def read_life(saved: Json, name: str, owner: str) -> Life:
     if (saved["params"] is None) != (saved["variables"] is None):
         raise ValueError(f"{owner}: 'params' and 'variables' should both be there, or neither")
     specs = None if saved["params"] is None else specs_from_json(saved["params"], f"{owner}: the state")
-    return Life(specs, rounds, out, tuple(clients), begun)
+    return specs, {"rounds_begun": rounds, "message_out": out, "clients": tuple(clients), "round": begun}

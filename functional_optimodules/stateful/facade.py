@@ -13,12 +13,11 @@ from typing import Any
 
 import jax
 
-from functional_optimodules.aux_var import Params
 from functional_optimodules.config.plugin import Plugin
 from functional_optimodules.contract import Contract
 from functional_optimodules.packing.tree import shapes, unpack
 from functional_optimodules.stateful.session import Session
-from functional_optimodules.types import Json, PyTree, State, Updates
+from functional_optimodules.types import Json, Params, PyTree, State, Updates
 from functional_optimodules.wire.paths import Specs, unwrapped
 
 FACADE = frozenset(

@@ -1,90 +1,55 @@
 """Parameters that are laid out over a mesh of devices: the state and what comes out lie as they do."""
 
-import dataclasses
 import functools
-from typing import Any, Self
+from typing import NamedTuple, Self
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from functional_optimodules.aux_var import Params
-from functional_optimodules.packing.adapter import Adapter
 from functional_optimodules.packing.buffers import home_of, homed
 from functional_optimodules.packing.tree import is_packed, unpack
-from functional_optimodules.types import PyTree, State, Updates
+from functional_optimodules.types import Params, PyTree
 from functional_optimodules.wire.layout import Layout
 from functional_optimodules.wire.paths import Specs
 
-Homes = tuple[Any, ...]
 
-
-@dataclasses.dataclass(frozen=True)
-class Placed(Adapter[State]):
-    """A brick whose results lie where its parameters and its state do.
+class Homes(NamedTuple):
+    """How parameters lie on a mesh, and a state beside them; `None` for a leaf that does not. Hashable.
 
     Attributes:
-      inner: how the brick acts on the parameters wherever they lie.
-      params_homes: for each parameter, how it lies on the mesh, or `None` if it does not.
-      state_homes: the same for each leaf of the state.
+      params: for each parameter.
+      state: for each leaf of the state, in the form that the brick holds.
     """
 
-    inner: Adapter[State]
-    params_homes: Homes
-    state_homes: Homes
+    params: tuple[NamedSharding | None, ...]
+    state: tuple[NamedSharding | None, ...]
 
     @classmethod
-    def of(cls, inner: Adapter[State], params: Params, state: State) -> Self:
-        """Return a brick that follows these parameters, and a state that was put beside them."""
-        homes = (tuple(map(_home, jax.tree.leaves(tree))) for tree in (unpack(params), state))
-        return cls(inner.brick, inner, *homes)
+    def of(cls, params: Params, state: PyTree) -> Self:
+        """Return where parameters lie, packed or not, and a state that was put beside them."""
 
-    def fits(self, tree: PyTree) -> bool:
-        return self.inner.fits(tree)
+        def home(leaf: jax.Array) -> NamedSharding | None:
+            return home_of(leaf.sharding) if is_sharded(leaf) else None
 
-    def hold(self, tree: PyTree) -> PyTree:
-        return self.inner.hold(tree)
+        return cls(*(tuple(map(home, jax.tree.leaves(tree))) for tree in (unpack(params), state)))
 
-    def free(self, made: PyTree, *given: PyTree) -> PyTree:
-        return self.inner.free(made, *given)
+    def beside_params(self, tree: PyTree) -> PyTree:
+        """Have parameters, or what is shaped like them, lie where these do."""
+        return tree.homed(self.params) if is_packed(tree) else _homed(tree, self.params)
 
-    def portable(self, state: State) -> State:
-        return self.inner.portable(state)
+    def beside_state(self, state: PyTree) -> PyTree:
+        """Have a new state lie where the last one does."""
+        return _homed(state, self.state)
 
-    def adopt(self, state: State, like: State) -> State:
-        return self.inner.adopt(state, like)
 
-    def update(
-        self, updates: Updates, state: State, params: Params = None, **extra_args: PyTree
-    ) -> tuple[Updates, State]:
-        output, new = self.inner.update(updates, state, params, **extra_args)
-        return self._beside_params(output), self._home(new)
-
-    def apply(self, gradients: Updates, state: State, params: Params, **extra_args: PyTree) -> tuple[Params, State]:
-        applied, new = self.inner.apply(gradients, state, params, **extra_args)
-        return self._beside_params(applied), self._home(new)
-
-    def _kept(self, method: str, old: State, new: State) -> State:
-        return self._home(super()._kept(method, old, new))
-
-    def _home(self, state: State) -> State:
-        leaves, treedef = jax.tree.flatten(state)
-        return jax.tree.unflatten(treedef, map(homed, leaves, self.state_homes))
-
-    def _beside_params(self, tree: PyTree) -> PyTree:
-        if is_packed(tree):
-            return tree.homed(self.params_homes)
-        leaves, treedef = jax.tree.flatten(tree)
-        return jax.tree.unflatten(treedef, map(homed, leaves, self.params_homes))
+def _homed(tree: PyTree, homes: tuple[NamedSharding | None, ...]) -> PyTree:
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(treedef, map(homed, leaves, homes))
 
 
 def is_sharded(leaf: object) -> bool:
     """Whether an array is laid out over a mesh of devices."""
     return isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding)
-
-
-def any_sharded(tree: PyTree) -> bool:
-    """Whether a leaf of a tree is laid out over a mesh of devices."""
-    return any(map(is_sharded, jax.tree.leaves(tree)))
 
 
 def put_beside(params: Params, specs: Specs, layout: Layout, state: PyTree) -> PyTree:
@@ -93,8 +58,7 @@ def put_beside(params: Params, specs: Specs, layout: Layout, state: PyTree) -> P
     Arrays of the shape of their parameter go beside it, and the rest on all of the devices.
     """
     homes = specs.leaves_of(params)
-    mesh = next(home.sharding.mesh for home in homes if is_sharded(home))
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    everywhere = NamedSharding(next(filter(is_sharded, homes)).sharding.mesh, PartitionSpec())
 
     def beside(leaf: jax.Array, home: jax.Array) -> jax.Array:
         like = is_sharded(home) and leaf.shape == home.shape
@@ -107,7 +71,3 @@ def put_beside(params: Params, specs: Specs, layout: Layout, state: PyTree) -> P
 
     shaped = layout.map_shaped(part, state)
     return jax.tree.map(lambda leaf: leaf if is_sharded(leaf) else jax.device_put(leaf, everywhere), shaped)
-
-
-def _home(leaf: Any) -> Any:
-    return home_of(leaf.sharding) if is_sharded(leaf) else None

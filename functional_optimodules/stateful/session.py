@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from functional_optimodules.aux_var import Params
 from functional_optimodules.contract import Contract
 from functional_optimodules.numerics import is_finite
 from functional_optimodules.packing.adapter import adapted, fitted
@@ -19,8 +18,8 @@ from functional_optimodules.packing.tree import shapes, unpack
 from functional_optimodules.stateful import exchange
 from functional_optimodules.stateful.compiled import Compiled, compiled, layout_of, starts_from_values
 from functional_optimodules.stateful.leaves import NUMBERS, any_traced, leaf_types, traced
-from functional_optimodules.stateful.placement import Placed, any_sharded, put_beside
-from functional_optimodules.types import Json, PyTree, Updates
+from functional_optimodules.stateful.placement import Homes, is_sharded, put_beside
+from functional_optimodules.types import Json, Params, PyTree, Updates
 from functional_optimodules.wire.paths import ParamsNeeded, Specs
 
 
@@ -80,7 +79,7 @@ class Session:
         self.pure = pure
         self.memory = Memory()
         try:
-            self.plain: Compiled = compiled(adapted(brick))
+            self.plain: Compiled = compiled(adapted(brick), None)
         except TypeError as error:
             raise TypeError(
                 f"{self.owner}: the facade needs hyper-parameters that are hashable and not traced ({error}): "
@@ -100,21 +99,18 @@ class Session:
             f"scan: use the pure {self.pure} there"
         )
 
-    @property
-    def _specs(self) -> Specs | None:
-        return None if self.memory.fit is None else self.memory.fit.specs
-
     def _hung(self, like: PyTree, params: Params, identity: int | None = None) -> Memory:
         """Return the memory with the state over a container like the parameters', made if there is none."""
         if traced(like):
             raise self._under_trace()
         memory, specs = self.memory, Specs.of(shapes(like))
-        adapter, sharded = fitted(self.brick, like), any_sharded(like)
+        adapter, homes = fitted(self.brick, like), None
+        sharded = any(map(is_sharded, jax.tree.leaves(like)))
         if memory.fit is None:
             if params is None and starts_from_values(self.brick, specs):
                 raise ValueError(f"{self.owner}: the state starts from the parameters' values: pass `params`")
             if not sharded:
-                new = compiled(adapter)
+                new = compiled(adapter, None)
                 return memory._replace(fit=Fit(specs, new), state=new.init(specs, like, identity))
             state = self.plain.init(specs, unpack(like), identity)
         else:
@@ -125,10 +121,10 @@ class Session:
             state = layout_of(self.brick, specs.flat()).rehang(state, memory.fit.specs, specs)
         if sharded:
             state = put_beside(unpack(like), specs, layout_of(self.brick, specs.flat()), state)
-        state = adapter.adopt(state, compiled(adapter).model(like))
+        state = adapter.adopt(state, adapter.model(like))
         if sharded:
-            adapter = Placed.of(adapter, like, state)
-        return memory._replace(fit=Fit(specs, compiled(adapter)), state=state)
+            homes = Homes.of(like, state)
+        return memory._replace(fit=Fit(specs, compiled(adapter, homes)), state=state)
 
     def _settled(self, memory: Memory, params: Params) -> Memory:
         """Return the memory with what is outstanding done: what was sent is committed, rounds that wait are begun."""
@@ -240,7 +236,7 @@ class Session:
     def process(self, messages: Mapping[str, Json]) -> None:
         """Take messages by `aux_name`."""
         memory = self.memory
-        received = exchange.incoming(self.brick, messages, self._specs, memory.clients)
+        received = exchange.incoming(self.brick, messages, memory.fit and memory.fit.specs, memory.clients)
         if received is None:
             return
         # The state is made after the messages were read: shapes that their bytes do not bear out get no memory.
@@ -262,7 +258,7 @@ class Session:
 
     def take(self, state: PyTree, specs: Specs) -> None:
         """Remember a state of the pure methods, over the parameters' own container; `None` for their specs alone."""
-        self.memory = Memory(Fit(specs, self.plain), state)
+        self._remember(Memory(Fit(specs, self.plain), state))
 
     def settled(self, params: Params) -> PyTree:
         """Return the state of the pure methods, with what is outstanding done, over parameters or their shapes."""
@@ -272,7 +268,7 @@ class Session:
         known = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
         state = self._settled(memory, unpack(params) if known else None).state
         adapter = adapted(self.brick, getattr(params, "packing", None))
-        return adapter.adopt(state, compiled(adapter).model(params))
+        return adapter.adopt(state, adapter.model(params))
 
     def save(self) -> dict[str, Json]:
         """Return everything that is remembered as JSON values."""
@@ -293,23 +289,20 @@ class Session:
 
     def load(self, saved: Json) -> None:
         """Restore what `save` returned."""
-        read = exchange.read_life(saved, self.brick.state_name(), self.owner)
+        found, life = exchange.read_life(saved, self.brick.state_name(), self.owner)
         fit, state = self.memory.fit, None
-        if read.specs is not None:
-            if fit is not None:
-                fit.specs.require_same(read.specs, f"{self.owner}: the state")
-            specs = read.specs if fit is None else fit.specs
-            state = layout_of(self.brick, specs.flat()).decode(saved["variables"], specs, self.owner)
+        if found is None:
+            fit = None
+        else:
+            fit = fit or Fit(found, self.plain)
+            fit.specs.require_same(found, f"{self.owner}: the state")
+            state = layout_of(self.brick, fit.specs.flat()).decode(saved["variables"], fit.specs, self.owner)
             if traced(jax.tree.leaves(state)[:1]):
                 raise self._under_trace()
-            if fit is None:
-                fit = Fit(specs, self.plain)
-            elif self.memory.state is not None:
+            if self.memory.state is not None:
                 state = fit.compiled.adapter.adopt(state, self.memory.state)
                 state = jax.tree.map(_beside, state, self.memory.state)
-        self._remember(
-            Memory(fit if read.specs else None, state, read.rounds_begun, read.message_out, read.clients, read.round)
-        )
+        self._remember(Memory(fit, state, **life))
 
 
 def _beside(new: jax.Array, old: jax.Array) -> jax.Array:

@@ -207,7 +207,7 @@ def test_sharded_parameters_are_followed_and_never_gathered():
                 params = twin.apply_gradients(params, tree)
                 twin.start_round()
             specs, compiled = twin._session.memory.fit
-            assert len(compiled.adapter.inner.packing.groups[0]) == 10, "only the replicated leaves are packed"
+            assert len(compiled.adapter.packing.groups[0]) == 10, "only the replicated leaves are packed"
             assert jax.tree.map(lambda leaf: leaf.sharding, fo.unpack(params)) == homes
             found = twin.state.modules["adam"].first
             assert jax.tree.map(lambda leaf: leaf.sharding, found) == homes, found

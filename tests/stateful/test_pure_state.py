@@ -87,3 +87,50 @@ def test_saving_a_pure_state_leaves_the_facade_alone():
 def test_what_cannot_be_loaded_is_refused(saved, error, message):
     with pytest.raises(error, match=message):
         fo.AdamModule().load(saved, PARAMS)
+
+
+def nnx_pair(tx):
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
+def nnx_step(model, optimizer):
+    gradients = nnx.grad(lambda model: jnp.sum(model(jnp.ones((1, 2))) ** 2))(model)
+    optimizer.update(model, gradients)
+
+
+@pytest.mark.parametrize(
+    "modules", [["momentum"], ["scaffold-client", ("adam", {"amsgrad": True})], ["gaussian-noise"]]
+)
+def test_a_saved_state_is_restored_into_an_nnx_optimizer_in_place_and_goes_on_bit_by_bit(modules):
+    tx = fo.Optimizer(("warmup", {"base": 0.1, "warmup": 3}), regularizers=["fedprox"], modules=modules)
+    model, optimizer = nnx_pair(tx)
+    nnx_step(model, optimizer)
+    saved = written(tx.save(optimizer.opt_state, nnx.state(model, nnx.Param)))
+    twin, restored = nnx_pair(tx)
+    nnx.update(twin, nnx.state(model))
+    before = restored.opt_state
+    tx.restore(restored, saved, twin)
+    assert restored.opt_state is before
+    nnx.jit(nnx_step)(model, optimizer)
+    nnx.jit(nnx_step)(twin, restored)
+    for a, b in zip(jax.tree.leaves(nnx.state(twin)), jax.tree.leaves(nnx.state(model)), strict=True):
+        assert (a == b).all()
+    assert tx.save(restored.opt_state, nnx.state(twin, nnx.Param)) == tx.save(
+        optimizer.opt_state, nnx.state(model, nnx.Param)
+    )
+
+
+def test_what_cannot_be_restored_leaves_the_nnx_optimizer_as_it_was():
+    tx = fo.Optimizer(0.1, modules=["momentum"])
+    model, optimizer = nnx_pair(tx)
+    nnx_step(model, optimizer)
+    before = tx.save(optimizer.opt_state, nnx.state(model, nnx.Param))
+    other = fo.Optimizer(0.1, modules=["adam"])
+    with pytest.raises(ValueError, match="'optimizer adam'.*'optimizer momentum'"):
+        tx.restore(optimizer, other.save(other.init(PARAMS), PARAMS), model)
+    with pytest.raises(ValueError, match="the state lacks|has a leaf|expected"):
+        tx.restore(optimizer, tx.save(tx.init(PARAMS), PARAMS), model)
+    with pytest.raises(TypeError, match=r"TrainState is no `nnx.Optimizer`: use `load`"):
+        tx.restore(TrainState.create(apply_fn=None, params=PARAMS, tx=tx), before, model)
+    assert tx.save(optimizer.opt_state, nnx.state(model, nnx.Param)) == before
