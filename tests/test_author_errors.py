@@ -170,12 +170,16 @@ def test_what_a_method_returns_is_checked_with_the_same_words_everywhere(cls, ca
 def test_what_the_methods_of_an_exchange_return_is_checked_too(cls, message, count):
     tree = params(count)
     bare, optimizer = cls(), fo.Optimizer(1.0, modules=[cls()])
-    for each in (bare, optimizer):
+    sent = {"name": encode_message(Report(tree), "report", Specs.of(tree))}
+
+    def exchange(each):
         each.setup(tree)
+        each.collect_aux_var()
+        each.process_aux_var({"report": sent} if each is optimizer else sent)
+
+    for each in (bare, optimizer):
         with pytest.raises(TypeError, match=message):
-            each.collect_aux_var()
-            aux = {"name": {"report": encode_message(Report(tree), "report", Specs.of(tree))}}
-            each.process_aux_var(aux if each is optimizer else {"name": aux["name"]["report"]})
+            exchange(each)
 
 
 def test_a_chain_of_optax_says_it_too():

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import functional_optimodules as fo
-from functional_optimodules.aux_var import FromClients, FromServer, Max, Min, Params, PerClient, Scalar
+from functional_optimodules.aux_var import FromClients, FromServer, Max, Min, PerClient, Scalar
 from functional_optimodules.federated import FederatedData, Federation, clients_mesh
+from functional_optimodules.types import Params
 
 LRATE, CLIENTS, STEPS, BATCH = 0.1, 6, 3, 4
 WHO = np.array([4, 0, 2])

@@ -127,9 +127,9 @@ def test_what_cannot_be_restored_leaves_the_nnx_optimizer_as_it_was():
     nnx_step(model, optimizer)
     before = tx.save(optimizer.opt_state, nnx.state(model, nnx.Param))
     other = fo.Optimizer(0.1, modules=["adam"])
-    with pytest.raises(ValueError, match="'optimizer adam'.*'optimizer momentum'"):
+    with pytest.raises(ValueError, match=r"'optimizer adam'.*'optimizer momentum'"):
         tx.restore(optimizer, other.save(other.init(PARAMS), PARAMS), model)
-    with pytest.raises(ValueError, match="the state lacks|has a leaf|expected"):
+    with pytest.raises(ValueError, match=r"the state has a leaf 'b'"):
         tx.restore(optimizer, tx.save(tx.init(PARAMS), PARAMS), model)
     with pytest.raises(TypeError, match=r"TrainState is no `nnx.Optimizer`: use `load`"):
         tx.restore(TrainState.create(apply_fn=None, params=PARAMS, tx=tx), before, model)
