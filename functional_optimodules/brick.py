@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 
 import optax
 
-from functional_optimodules.aux_var import Params
 from functional_optimodules.packing.adapter import adapted
 from functional_optimodules.stateful.facade import AUX_FACADE, CONFIG, FACADE, Facade
-from functional_optimodules.types import Json, PyTree, State, Updates
+from functional_optimodules.types import Json, Params, PyTree, State, Updates
 
 
 class Brick(Facade[State], kind="brick"):

@@ -5,8 +5,8 @@ All of it is read off the plug-ins themselves: a new one needs no line here.
 
 import dataclasses
 import inspect
-import textwrap
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from functional_optimodules.brick import list_optim_modules, list_optim_regularizers
 from functional_optimodules.config.fields import describe, field_types, nearest
@@ -31,21 +31,17 @@ def plugin_table(kinds: Iterable[str] = tuple(KINDS)) -> str:
 
 def plugin_list(kinds: Iterable[str] = tuple(KINDS)) -> str:
     """Return every registered plug-in, with a line for each hyper-parameter."""
-    sections = []
-    for kind in kinds:
-        entries = [_entry(name, plugin) for name, plugin in KINDS[kind]().items()]
-        sections.append("\n\n".join([kind.upper(), *entries]))
-    return "\n\n\n".join(sections)
+    sections = ([kind.upper(), *itertools.starmap(_entry, KINDS[kind]().items())] for kind in kinds)
+    return "\n\n\n".join(map("\n\n".join, sections))
 
 
 def plugin_page(name: str) -> str:
     """Return all about the plug-ins of a name: docstring and hyper-parameters."""
     pages = []
     for kind, plugin in named(name):
-        title = f"{name}  ({plugin.__name__}), one of the {kind}"
-        lines = [_line(field) for field in hyperparameters(plugin)]
-        fields = f"\n\nHyper-parameters:\n{textwrap.indent(chr(10).join(lines), '  ')}" if lines else ""
-        pages.append(f"{title}\n\n{inspect.getdoc(plugin)}{fields}")
+        fields = [f"  {_line(field)}" for field in hyperparameters(plugin)]
+        title = f"{name}  ({plugin.__name__}), one of the {kind}\n\n{inspect.getdoc(plugin)}"
+        pages.append("\n".join([title, "\nHyper-parameters:", *fields] if fields else [title]))
     return "\n\n\n".join(pages)
 
 
@@ -65,24 +61,18 @@ def summary(plugin: type[Plugin]) -> str:
     return (plugin.__doc__ or "").strip().partition("\n")[0].removesuffix(".")
 
 
-def hyperparameters(plugin: type[Plugin]) -> list[tuple[str, str, str, str]]:
-    """Return the name, type, default and range of each hyper-parameter; empty where there is none."""
+def hyperparameters(plugin: type[Plugin]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the name, type, default and range of each hyper-parameter; empty where there is none."""
     types = field_types(plugin)
-    return [
-        (
-            field.name,
-            describe(types[field.name]),
-            "" if field.default is dataclasses.MISSING else repr(field.default),
-            field.metadata["within"].text if "within" in field.metadata else "",
-        )
-        for field in dataclasses.fields(plugin)
-    ]
+    for field in dataclasses.fields(plugin):
+        default = "" if field.default is dataclasses.MISSING else repr(field.default)
+        within = field.metadata["within"].text if "within" in field.metadata else ""
+        yield field.name, describe(types[field.name]), default, within
 
 
 def _entry(name: str, plugin: type[Plugin]) -> str:
     fields = [f"  {_line(field)}" for field in hyperparameters(plugin)]
-    lines = [f"{name}  ({plugin.__name__})", summary(plugin), *fields]
-    return textwrap.indent("\n".join(lines), "  ").replace("\n  ", "\n      ").rstrip()
+    return "\n      ".join([f"  {name}  ({plugin.__name__})", summary(plugin), *fields])
 
 
 def _line(hyperparameter: tuple[str, str, str, str]) -> str:

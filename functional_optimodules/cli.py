@@ -70,16 +70,14 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from functional_optimodules.experiments.run import run_experiment
 
-    output = arguments.output or Path(arguments.experiment.stem)
     try:
-        run_experiment(arguments.experiment, output)
+        run_experiment(arguments.experiment, arguments.output or Path(arguments.experiment.stem))
     except FloatingPointError as error:
         print(f"{_PROGRAM}: {error}", file=sys.stderr)
         return 1
-    except KeyError as error:
-        raise UsageError(f"{arguments.experiment}: {error.args[0]}") from error
-    except (ModuleNotFoundError, OSError, TypeError, ValueError) as error:
-        raise UsageError(f"{arguments.experiment}: {error}") from error
+    except (KeyError, ModuleNotFoundError, OSError, TypeError, ValueError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise UsageError(f"{arguments.experiment}: {reason}") from error
     return 0
 
 

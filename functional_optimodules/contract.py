@@ -18,11 +18,11 @@ from typing import Any, ClassVar, Generic
 
 import jax
 
-from functional_optimodules.aux_var import AuxVar, FromClients, Params
+from functional_optimodules.aux_var import AuxVar, FromClients
 from functional_optimodules.config.plugin import Plugin
 from functional_optimodules.dependence import params_within, reads_values
 from functional_optimodules.random.keys import is_key
-from functional_optimodules.types import PyTree, State, Updates
+from functional_optimodules.types import Params, PyTree, State, Updates
 from functional_optimodules.wire.paths import ParamsNeeded
 
 

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from functional_optimodules.aux_var import Params
 from functional_optimodules.random.keys import shapes_only
-from functional_optimodules.types import PyTree
+from functional_optimodules.types import Params, PyTree
 from functional_optimodules.wire.layout import Layout
 from functional_optimodules.wire.paths import PathTree, Spec, is_path_tree
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 
-from functional_optimodules.aux_var import AuxVar, Params
+from functional_optimodules.aux_var import AuxVar
 from functional_optimodules.brick import Brick, OptiModule, Regularizer
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.contract import Contract
 from functional_optimodules.numerics import wide
 from functional_optimodules.packing.adapter import Adapter, adapted, packed_like
 from functional_optimodules.schedulers import Scheduler, as_scheduler
-from functional_optimodules.types import Json, PyTree, Updates
+from functional_optimodules.types import Json, Params, PyTree, Updates
 
 Named = str | tuple[str, Mapping[str, Json]]
 """A plug-in by its name, or by its name and its configuration."""

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from functional_optimodules.aux_var import Params
 from functional_optimodules.brick import Regularizer
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.numerics import wide
-from functional_optimodules.types import PyTree, Updates
+from functional_optimodules.types import Params, PyTree, Updates
 
 
 def add_scaled(updates: Updates, alpha: ArrayLike, penalty: Callable[..., jax.Array], *trees: PyTree) -> PyTree:

@@ -33,13 +33,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from functional_optimodules.aux_var import Params
 from functional_optimodules.config.fields import hyperparameter, require_keys
 from functional_optimodules.contract import Contract
 from functional_optimodules.numerics import power, real, where
 from functional_optimodules.stateful.facade import CONFIG, Stateful
 from functional_optimodules.stateful.session import Session
-from functional_optimodules.types import Json, PyTree, Updates
+from functional_optimodules.types import Json, Params, PyTree, Updates
 
 
 class Clock(NamedTuple):

@@ -138,11 +138,8 @@ class Configured(abc.ABC):
         for key in config:
             if key not in known:
                 raise KeyError(f"{cls._owner} has no field {key!r}: {nearest(key, known)}")
-        if missing := [
-            repr(field.name)
-            for field in dataclasses.fields(cls)
-            if field.default is field.default_factory is dataclasses.MISSING and field.name not in config
-        ]:
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+        if missing := [repr(name) for name in needed if name not in config]:
             raise KeyError(f"{cls._owner} needs a value for {', '.join(missing)}")
         return cls(**config)
 
@@ -172,10 +169,8 @@ def check_fields(instance: "DataclassInstance", owner: str, mismatch: type[Excep
         try:
             value = coerce(value, hints[field.name])
         except Mismatch as error:
-            raise mismatch(
-                f"{owner}: {field.name}={value!r} should be of type {describe(hints[field.name])}"
-                + "".join(f": {reason}" for reason in error.args)
-            ) from None
+            wanted = ": ".join([describe(hints[field.name]), *error.args])
+            raise mismatch(f"{owner}: {field.name}={value!r} should be of type {wanted}") from None
         if within is not None and isinstance(value, int | float) and value not in within:
             raise ValueError(f"{owner}: {field.name}={value!r} should be in {within.text}")
         object.__setattr__(instance, field.name, value)
@@ -258,9 +253,8 @@ def coerce(value: Any, annotation: Any) -> Any:
             return FrozenConfig(value)
         except (TypeError, ValueError) as error:
             raise Mismatch(f"not made of JSON values ({error})") from None
-    elif origin is Literal:
-        if isinstance(value, Hashable) and value in members:
-            return value
+    elif origin is Literal and isinstance(value, Hashable) and value in members:
+        return value
     elif kind is Callable:
         if callable(value) and not isinstance(value, type):
             return value

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self, dataclass_transform
 
-from functional_optimodules.config.fields import Configured, field_types, hyperparameter, nearest
+from functional_optimodules.config.fields import Configured, hyperparameter, nearest
 from functional_optimodules.types import Json
 
 
@@ -64,10 +64,7 @@ class Plugin(Configured):
 
     def bare(self) -> Self:
         """Return an equal plug-in that has no facade's state."""
-        twin = object.__new__(type(self))
-        for name in field_types(type(self)):
-            object.__setattr__(twin, name, getattr(self, name))
-        return twin
+        return dataclasses.replace(self)
 
 
 def _refuse_overrides(cls: type[Plugin]) -> None:
@@ -81,10 +78,7 @@ def _refuse_shadows(cls: type[Plugin]) -> None:
     for base in cls.__mro__[1:]:
         attributes = vars(base).keys() | vars(base).get("__annotations__", {}).keys()
         for name in _fields(cls) & (attributes - _fields(base)):
-            raise TypeError(
-                f"{cls.__name__}: {name!r} is an attribute of the class, which a field would shadow: rename the field, "
-                "or annotate it as ClassVar"
-            )
+            raise TypeError(f"{cls.__name__}: {name!r} is an attribute of the class: rename the field, or use ClassVar")
 
 
 def _fields(cls: type) -> set[str]:

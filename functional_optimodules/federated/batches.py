@@ -51,12 +51,7 @@ def check_batches(data: FederatedData, batch_size: int | None, remainder: Remain
 
 
 def walk(
-    data: FederatedData,
-    slot: jax.Array,
-    batch_size: int | None,
-    remainder: Remainder,
-    epochs: int = 1,
-    shuffled: bool = True,
+    data: FederatedData, slot: jax.Array, batch_size: int | None, remainder: Remainder, epochs: int, shuffled: bool
 ) -> Batches:
     """Walk through a client's rows of a block, in another order at each pass, or as they lie."""
     offset, count = data.offsets[slot], data.sizes[slot]

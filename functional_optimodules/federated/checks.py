@@ -1,14 +1,14 @@
 """What is refused, and how it is said."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from functional_optimodules.aux_var import AuxVar, FromClients, FromServer
+from functional_optimodules.aux_var import FromClients, FromServer
 from functional_optimodules.contract import Contract
 from functional_optimodules.federated.batches import check_batches
 from functional_optimodules.federated.data import FederatedData
@@ -32,17 +32,13 @@ def require_counterparts(client: Optimizer, server: Optimizer) -> None:
                 "the server's: expected a module and its counterpart"
             )
         if theirs.clients() is None and any(aux.is_per_client() for aux in (mine.sends, mine.receives) if aux):
-            raise ValueError(
-                f"Federation: {theirs!r} exchanges variables per client: give it their number, num_clients"
-            )
+            raise ValueError(f"Federation: {theirs!r} exchanges variables per client: give it num_clients")
 
 
 def _pair(client: Contract, server: Contract) -> bool:
-    def on_side(module: Contract, side: type[AuxVar], other: type[AuxVar]) -> bool:
-        return issubclass(module.sends or side, side) and issubclass(module.receives or other, other)
-
-    sides = on_side(client, FromClients, FromServer) and on_side(server, FromServer, FromClients)
-    return sides and client.sends is server.receives and client.receives is server.sends
+    up, down = client.sends or FromClients, client.receives or FromServer
+    same = server.receives is client.sends and server.sends is client.receives
+    return same and issubclass(up, FromClients) and issubclass(down, FromServer)
 
 
 def require_clients(server: Optimizer, total: int) -> None:
@@ -69,44 +65,48 @@ def check_weights(weights: ArrayLike | None, count: int, whose: str) -> jax.Arra
     return jnp.asarray(weights)
 
 
-def check_round(
-    federation: "Federation",
-    state: "FederationState",
-    data: PyTree,
-    participants: ArrayLike,
-    num_steps: ArrayLike | None,
-    mask: ArrayLike | None,
-    dropped: ArrayLike | None,
-) -> jax.Array:
-    """Return the participants of a round, as int32[S].
+class Given(NamedTuple):
+    """What a caller says of the participants of a round; `None` for what was not given. See `Federation.round`."""
+
+    participants: jax.Array
+    num_steps: ArrayLike | None
+    mask: ArrayLike | None
+    weights: ArrayLike | None
+    dropped: ArrayLike | None
+
+
+def check_round(federation: "Federation", state: "FederationState", data: PyTree, given: Given) -> Given:
+    """Return what a caller says, as arrays, the participants as int32[S].
 
     Raises:
       ValueError: if what a round takes does not go together. Values are checked
         where they are not traced.
     """
-    chosen = jnp.asarray(participants)
+    chosen = given.participants
     if chosen.ndim != 1 or chosen.shape[0] == 0 or not jnp.issubdtype(chosen.dtype, jnp.integer):
-        raise ValueError(
-            f"Federation: participants of {chosen.dtype}{list(chosen.shape)}: expected integers along one axis"
-        )
+        raise ValueError(f"Federation: participants of {jax.typeof(chosen)}: expected integers along one axis")
     count = chosen.shape[0]
     if isinstance(data, FederatedData):
         check_batches(data, federation.batch_size, federation.remainder)
-        if num_steps is not None or mask is not None:
+        if given.num_steps is not None or given.mask is not None:
             raise ValueError("Federation: num_steps and mask are for given batches: FederatedData has its own")
-        _check_layout(state, data)
+        if state.bank:
+            _check_layout(state, data)
         total: int | None = data.num_clients
     else:
-        _check_given(data, count, num_steps, mask)
+        _check_given(data, count, given.num_steps, given.mask)
         total = None if traced(state.num_clients) else int(state.num_clients)
     if total is not None:
         require_clients(federation.server, total)
-    for name, values in (("dropped", dropped), ("num_steps", num_steps)):
+    for name, values in (("dropped", given.dropped), ("num_steps", given.num_steps)):
         if values is not None and np.shape(values) != (count,):
             raise ValueError(f"Federation: {name} of shape {list(np.shape(values))} for {count} participants")
     if not traced(chosen):
         _check_clients(np.asarray(chosen), total)
-    return chosen.astype(jnp.int32)
+    weights = check_weights(given.weights, count, "participants")
+    given = given._replace(participants=chosen.astype(jnp.int32), weights=weights)
+    arrays: PyTree = [None if each is None else jnp.asarray(each) for each in given]
+    return Given(*arrays)
 
 
 def _check_clients(chosen: NDArray[np.integer], total: int | None) -> None:
@@ -119,8 +119,6 @@ def _check_clients(chosen: NDArray[np.integer], total: int | None) -> None:
 
 
 def _check_layout(state: "FederationState", data: FederatedData) -> None:
-    if not state.bank:
-        return
     if state.slots.shape != data.slots.shape or state.bank[0].shape[0] != data.ids.shape[0]:
         raise ValueError(
             f"Federation: data of {data.num_clients} clients in {data.ids.shape[0]} slots, and a state made for "
@@ -147,20 +145,14 @@ def _check_given(data: PyTree, count: int, num_steps: ArrayLike | None, mask: Ar
             raise ValueError(f"Federation: num_steps={steps.tolist()} should be from 0 to the {shape[1]} given")
 
 
-def check_sample(data: FederatedData, participants: int | None) -> int:
-    """Return how many clients to sample, or raise a `ValueError`."""
+def check_sample(data: FederatedData, size: int | None, weights: ArrayLike | None) -> tuple[int, jax.Array | None]:
+    """Return how many clients to sample, and how much each counts, or raise a `ValueError`."""
     if not isinstance(data, FederatedData):
         raise TypeError(f"Federation: `run` and `fit` take FederatedData, not {type(data).__name__}")
-    size = data.num_clients if participants is None else participants
+    size = data.num_clients if size is None else size
     if type(size) is not int or not 1 <= size <= data.num_clients:
         raise ValueError(f"Federation: participants={size!r} should be from 1 to the {data.num_clients} clients")
-    return size
-
-
-def require_new_names(metrics: Mapping[str, object], found: Mapping[str, object]) -> None:
-    """Raise a `ValueError` if `evaluate` returns a metric under a name that is taken."""
-    for name in sorted(metrics.keys() & found.keys()):
-        raise ValueError(f"Federation: `evaluate` returns a metric {name!r}, which a round has too: rename it")
+    return size, check_weights(weights, data.num_clients, "clients")
 
 
 def require_finite(history: Mapping[str, ArrayLike]) -> None:

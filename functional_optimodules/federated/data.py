@@ -9,16 +9,16 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import Self
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from numpy.typing import ArrayLike, NDArray
 
 from functional_optimodules.federated import partition
-from functional_optimodules.federated.placement import SPLIT, WHOLE, mesh_size, replicate, split, with_auto_axes
+from functional_optimodules.federated.placement import SPLIT, WHOLE, mesh_size, replicate, sharding
 from functional_optimodules.types import PyTree
 
 Integers = NDArray[np.integer]
@@ -82,17 +82,14 @@ class FederatedData:
         """
         if not len(clients):
             raise ValueError("FederatedData: there is no client")
-        total = len(clients)
+        total, shards = len(clients), mesh_size(mesh)
         trees = [jax.tree.map(np.asarray, client) for client in clients]
         sizes = _count_examples(trees, range(total))
-        shards = 1 if mesh is None else mesh_size(mesh)
         blocks = balance(sizes, shards)
-        table = _make_table(blocks, sizes, range(total), -(-total // shards), total)
         rows = max(int(sizes[block].sum()) for block in blocks)
-        put = functools.partial(split, mesh=mesh)
-        offsets, counts, ids = map(put, table)
-        examples = jax.tree.map(put, _join_rows(trees, blocks, rows))
-        slots = replicate(_find_slots(table.ids, total), mesh)
+        laid = _lay_out(blocks, trees, sizes, np.arange(total), rows, -(-total // shards), total)
+        examples, offsets, counts, ids = jax.device_put(laid, sharding(mesh, SPLIT))
+        slots = replicate(_find_slots(laid[-1], total), mesh)
         return cls(examples, offsets, counts, ids, slots, shards, int(sizes.min()), int(sizes.max()))
 
     @classmethod
@@ -160,11 +157,9 @@ class FederatedData:
         total = len(all_sizes)
         blocks = balance(sizes, sum(own))
         rows = _gather(np.int32(max(int(sizes[block].sum()) for block in blocks))).max()
-        table = _make_table(blocks, sizes, names, per_shard, total)
-
-        put = functools.partial(jax.make_array_from_process_local_data, NamedSharding(with_auto_axes(mesh), SPLIT))
-        offsets, counts, ids = map(put, table)
-        examples = jax.tree.map(put, _join_rows(trees, blocks, int(rows)))
+        laid = _lay_out(blocks, trees, sizes, np.array(names), int(rows), per_shard, total)
+        put = functools.partial(jax.make_array_from_process_local_data, sharding(mesh, SPLIT))
+        examples, offsets, counts, ids = jax.tree.map(put, laid)
         slots = replicate(_find_slots(np.asarray(multihost_utils.process_allgather(ids, tiled=True)), total), mesh)
         return cls(examples, offsets, counts, ids, slots, len(own), int(all_sizes.min()), int(all_sizes.max()))
 
@@ -191,24 +186,26 @@ def balance(sizes: ArrayLike, num_shards: int) -> list[Integers]:
     return [np.sort(np.array(block, np.int64)) for block in members]
 
 
-class _Table(NamedTuple):
-    """Where the clients of some shards lie; the attributes are those of `FederatedData`."""
+def _lay_out(
+    blocks: list[Integers], trees: list[PyTree], sizes: Integers, ids: Integers, rows: int, slots: int, num_clients: int
+) -> tuple[PyTree, Integers, Integers, Integers]:
+    """Lay out the examples of each block's clients one after the other, in blocks of so many rows and slots.
 
-    offsets: Integers
-    sizes: Integers
-    ids: Integers
-
-
-def _make_table(
-    blocks: Sequence[Integers], sizes: Integers, ids: Sequence[int], per_shard: int, num_clients: int
-) -> _Table:
-    """Write down where the clients of each block lie, by their positions in `sizes` and `ids`."""
-    table = np.zeros((3, len(blocks), per_shard), np.int32)
+    Returns:
+      The first attributes of `FederatedData`: `examples`, `offsets`, `sizes` and `ids`.
+    """
+    leaves, treedef = jax.tree.flatten(trees[0])
+    flats = [np.zeros((len(blocks), rows, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+    table = np.zeros((3, len(blocks), slots), np.int32)
     table[2] = num_clients
     for shard, block in enumerate(blocks):
-        counts = sizes[block]
-        table[:, shard, : len(block)] = np.cumsum(counts) - counts, counts, np.array(ids)[block]
-    return _Table(*table.reshape(3, -1))
+        offsets = np.cumsum(sizes[block]) - sizes[block]
+        table[:, shard, : len(block)] = offsets, sizes[block], ids[block]
+        for client, at in zip(block, offsets, strict=True):
+            for flat, part in zip(flats, jax.tree.leaves(trees[client]), strict=True):
+                flat[shard, at : at + len(part)] = part
+    examples = jax.tree.unflatten(treedef, [flat.reshape(-1, *flat.shape[2:]) for flat in flats])
+    return examples, *table.reshape(3, -1)
 
 
 def _find_slots(ids: Integers, num_clients: int) -> Integers:
@@ -216,20 +213,6 @@ def _find_slots(ids: Integers, num_clients: int) -> Integers:
     taken = np.flatnonzero(ids < num_clients)
     slots[ids[taken]] = taken
     return slots
-
-
-def _join_rows(trees: Sequence[PyTree], blocks: Sequence[Integers], rows: int) -> PyTree:
-    """Lay out the examples of each block's clients one after the other, in blocks of as many rows."""
-    leaves, treedef = jax.tree.flatten(trees[0])
-    flats = [np.zeros((len(blocks), rows, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
-    for shard, block in enumerate(blocks):
-        at = 0
-        for client in block:
-            parts = jax.tree.leaves(trees[client])
-            for flat, part in zip(flats, parts, strict=True):
-                flat[shard, at : at + len(part)] = part
-            at += len(parts[0])
-    return jax.tree.unflatten(treedef, [flat.reshape(-1, *flat.shape[2:]) for flat in flats])
 
 
 def _count_examples(trees: Sequence[PyTree], names: Sequence[int]) -> Integers:
@@ -276,13 +259,9 @@ def _agree(
     if fault is not None:
         raise fault
     if faults.any():
-        raise ValueError(
-            f"FederatedData: the clients of processes {np.flatnonzero(faults).tolist()} were refused there"
-        )
+        raise ValueError(f"FederatedData: clients of processes {np.flatnonzero(faults).tolist()} were refused there")
     if len(set(kinds)) > 1:
-        raise ValueError(
-            "FederatedData: the clients of different processes have examples of different shapes or dtypes"
-        )
+        raise ValueError("FederatedData: clients of different processes have examples of different shapes or dtypes")
     table = np.zeros((2, counts.max()), np.int32)
     table[:, : len(names)] = names, sizes
     each = [rows[:, :count] for rows, count in zip(_gather(table), counts, strict=True)]

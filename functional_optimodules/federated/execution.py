@@ -6,6 +6,7 @@ mesh each device runs the participants that it owns, with as many iterations as
 these need and no collective among them, and one all-reduce ends the round.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Protocol, Self, TypeVar
 
@@ -13,12 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from functional_optimodules.aux_var import Params
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.options import Execution
-from functional_optimodules.federated.placement import AXIS, SPLIT, WHOLE, mesh_size, with_auto_axes
+from functional_optimodules.federated.placement import AXIS, SPLIT, WHOLE, mesh_of, mesh_size
 from functional_optimodules.numerics import where
-from functional_optimodules.types import PyTree
+from functional_optimodules.types import Params, PyTree
 from functional_optimodules.xla import behind_branch
 
 # Parameters, gradients, an optimizer's trees and what a step computes on the way: a guess, on the safe side.
@@ -31,8 +31,8 @@ Rows = list[jax.Array]
 class Sums(Protocol):
     """What participants come to, one or together: a pytree that can be added up."""
 
-    def nothing(self, participants: int | None = None) -> Self:
-        """Return what no one comes to, with room for that many participants, or for one."""
+    def nothing(self, participants: tuple[int, ...] = ()) -> Self:
+        """Return what no one comes to, for an array of participants of that shape, or for one."""
 
     def add(self, one: Self, index: jax.Array) -> Self:
         """Add what the participant of that index comes to."""
@@ -42,18 +42,13 @@ class Sums(Protocol):
 
 
 Total = TypeVar("Total", bound=Sums)
-Shared = TypeVar("Shared")
-Work = Callable[[Shared, PyTree, jax.Array, jax.Array, Rows], tuple[Total, Rows]]
-
-
-def mesh_of(execution: Execution) -> Mesh | None:
-    """Return the mesh, where participants are spread over one."""
-    return with_auto_axes(execution) if isinstance(execution, Mesh) else None
+Work = Callable[[PyTree, PyTree, jax.Array, jax.Array, Rows], tuple[Total, Rows]]
+One = Callable[[jax.Array, jax.Array, Rows], tuple[Total, Rows]]
 
 
 def require_blocks(data: FederatedData, execution: Execution) -> None:
     """Raise a `ValueError` if the data was not laid out for the devices in use."""
-    devices = mesh_size(execution) if isinstance(execution, Mesh) else 1
+    devices = mesh_size(mesh_of(execution))
     if data.num_shards != devices:
         mesh = f"a mesh of {devices}: build it with that `mesh`"
         place = mesh if isinstance(execution, Mesh) else f"mapping={execution!r}"
@@ -78,13 +73,7 @@ def chunk_size(execution: Execution, participants: int, params: Params) -> int:
 
 
 def run_participants(
-    execution: Execution,
-    chunk: int,
-    work: Work[Shared, Total],
-    shared: Shared,
-    data: PyTree,
-    bank: Rows,
-    slots: jax.Array,
+    execution: Execution, chunk: int, work: Work[Total], shared: PyTree, data: PyTree, bank: Rows, slots: jax.Array
 ) -> tuple[Total, Rows]:
     """Run the participants of a round.
 
@@ -106,16 +95,16 @@ def run_participants(
     if held:
         require_blocks(data, execution)
     if mesh is None:
-        return _loop(work, chunk, shared, data, bank, slots, None)
+        return _loop(functools.partial(work, shared, data), chunk, bank, slots, None)
 
-    def local(shared: Shared, data: PyTree, bank: Rows, slots: jax.Array) -> tuple[Total, Rows]:
+    def local(shared: PyTree, data: PyTree, bank: Rows, slots: jax.Array) -> tuple[Total, Rows]:
         device = jax.lax.axis_index(AXIS)
         if bank or held:
             owned = bank[0].shape[0] if bank else data.ids.shape[0]
             mine, slots = slots // owned == device, slots % owned
         else:
             mine = jnp.arange(slots.shape[0]) % mesh_size(mesh) == device
-        totals, bank = _loop(work, chunk, shared, data, bank, slots, mine)
+        totals, bank = _loop(functools.partial(work, shared, data), chunk, bank, slots, mine)
         return totals.across(AXIS), bank
 
     specs = WHOLE, data.partition_specs() if held else WHOLE, SPLIT, WHOLE
@@ -123,33 +112,21 @@ def run_participants(
     return run(shared, data, bank, slots)
 
 
-def _loop(
-    work: Work[Shared, Total],
-    chunk: int,
-    shared: Shared,
-    data: PyTree,
-    bank: Rows,
-    slots: jax.Array,
-    mine: jax.Array | None,
-) -> tuple[Total, Rows]:
+def _loop(work: One[Total], chunk: int, bank: Rows, slots: jax.Array, mine: jax.Array | None) -> tuple[Total, Rows]:
     """Run participants chunk after chunk: all of them, or those that are mine."""
     total = slots.shape[0]
     order = jnp.arange(total) if mine is None else jnp.argsort(~mine, stable=True)
     count: int | jax.Array = total if mine is None else jnp.sum(mine, dtype=jnp.int32)
     order = jnp.pad(order, (0, -total % chunk))
     rows = bank[0].shape[0] if bank else 0
-    one = jax.eval_shape(
-        lambda *args: work(*args)[0], shared, data, jnp.int32(0), jnp.int32(0), [leaf[0] for leaf in bank]
-    )
+    one = jax.eval_shape(lambda row: work(jnp.int32(0), jnp.int32(0), row)[0], [leaf[0] for leaf in bank])
 
     def run_one(step: jax.Array, carry: tuple[Total, Rows]) -> tuple[Total, Rows]:
         totals, bank = carry
         index = order[step]
         at = slots[index]
         row = [jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False) for leaf in bank]
-        here, new = behind_branch(
-            step < count, lambda row: work(shared, data, index, at, row), lambda row: (one.nothing(), row), row
-        )
+        here, new = behind_branch(step < count, lambda row: work(index, at, row), lambda row: (one.nothing(), row), row)
         write = jax.lax.dynamic_update_index_in_dim
         return totals.add(here, index), [write(leaf, value, at, 0) for leaf, value in zip(bank, new, strict=True)]
 
@@ -161,7 +138,7 @@ def _loop(
 
         def run_active(index: jax.Array, active: jax.Array, row: Rows) -> tuple[Total, Rows]:
             # A branch for each would copy the data for each.
-            return where(active, work(shared, data, index, slots[index], row), (one.nothing(), row))
+            return where(active, work(index, slots[index], row), (one.nothing(), row))
 
         here, new = behind_branch(
             step * chunk < count,
@@ -172,5 +149,5 @@ def _loop(
         bank = [leaf.at[at].set(value, mode="drop") for leaf, value in zip(bank, new, strict=True)]
         return jax.lax.scan(lambda t, each: (t.add(*each), None), totals, (here, index))[0], bank
 
-    start = one.nothing(total), list(bank)
+    start = one.nothing((total,)), list(bank)
     return jax.lax.fori_loop(0, -(-count // chunk), run_one if chunk == 1 else run_chunk, start)

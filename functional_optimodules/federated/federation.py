@@ -21,23 +21,19 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
-from functional_optimodules.aux_var import Params
 from functional_optimodules.config.fields import Interval, check_fields, hyperparameter
-from functional_optimodules.federated import checks, evaluation, saving
+from functional_optimodules.federated import checks, loss, processes, sampling, saving
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.loss import LossFn, Metrics
 from functional_optimodules.federated.options import Execution, History, OnNonfinite, Remainder, Sampling, Weighting
-from functional_optimodules.federated.placement import mesh_size
-from functional_optimodules.federated.processes import naming_lost_peers
-from functional_optimodules.federated.round import Given, run_round
-from functional_optimodules.federated.sampling import draw, draw_by_shard
+from functional_optimodules.federated.placement import mesh_of, mesh_size
+from functional_optimodules.federated.round import run_round
 from functional_optimodules.federated.state import FederationState, make_state
 from functional_optimodules.optimizer import Optimizer
 from functional_optimodules.packing.tree import unpack
-from functional_optimodules.types import Json, PyTree
+from functional_optimodules.types import Json, Params, PyTree
 
 Evaluate: TypeAlias = Callable[[Params], Metrics]
 """What `run` and `fit` call after each round."""
@@ -100,8 +96,7 @@ class Federation:
 
     def __post_init__(self) -> None:
         check_fields(self, "Federation", ValueError)
-        if isinstance(self.mapping, Mesh):
-            mesh_size(self.mapping)
+        mesh_size(mesh_of(self.mapping))
         checks.require_counterparts(self.client, self.server)
 
     def init(self, params: Params, clients: int | FederatedData, seed: int = 0) -> FederationState:
@@ -159,10 +154,7 @@ class Federation:
             out of range or repeated, or an argument is not of their number. Values
             are checked where they are not traced.
         """
-        chosen = checks.check_round(self, state, data, participants, num_steps, mask, dropped)
-        counts = checks.check_weights(weights, chosen.shape[0], "participants")
-        given = [None if each is None else jnp.asarray(each) for each in (num_steps, mask, counts, dropped)]
-        return run_round(self, state, data, chosen, Given(*given))
+        return run_round(self, state, data, checks.Given(jnp.asarray(participants), num_steps, mask, weights, dropped))
 
     def run(
         self,
@@ -204,14 +196,14 @@ class Federation:
         self, data: FederatedData, participants: int | None, weights: ArrayLike | None, evaluate: Evaluate | None
     ) -> Callable[[FederationState], tuple[FederationState, Metrics]]:
         """Return the function from a state to the next that `run` and `fit` repeat."""
-        size = checks.check_sample(data, participants)
-        counts = checks.check_weights(weights, data.num_clients, "clients")
+        size, counts = checks.check_sample(data, participants, weights)
 
         def advance(state: FederationState) -> tuple[FederationState, Metrics]:
             chosen = self.sample(state, data, size)
             state, metrics = self.round(state, data, chosen, weights=None if counts is None else counts[chosen])
             found = {} if evaluate is None else evaluate(state.params)
-            checks.require_new_names(metrics, found)
+            for name in sorted(metrics.keys() & found.keys()):
+                raise ValueError(f"Federation: `evaluate` returns a metric {name!r}, which a round has too: rename it")
             return state, metrics | found
 
         return advance
@@ -221,8 +213,8 @@ class Federation:
         # Clients fold in their number, which is less.
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.round), data.num_clients)
         if self.sampling == "uniform" or data.num_shards == 1:
-            return draw(key, data.num_clients, size)
-        return draw_by_shard(key, data.slots, data.per_shard, data.num_shards, size)
+            return sampling.draw(key, data.num_clients, size)
+        return sampling.draw_by_shard(key, data.slots, data.per_shard, data.num_shards, size)
 
     def evaluate(
         self, params: Params, data: FederatedData, *, batch_size: int | None = None, key: jax.Array | None = None
@@ -242,7 +234,7 @@ class Federation:
           `loss` and the loss's metrics by name, each float32[N].
         """
         key = jax.random.key(0) if key is None else key
-        return evaluation.evaluate(self.loss_fn, self.mapping, batch_size, unpack(params), data, key)
+        return loss.evaluate(self.loss_fn, self.mapping, batch_size, unpack(params), data, key)
 
     def fit(
         self,
@@ -287,8 +279,7 @@ class Federation:
         for name, value, least in (("num_rounds", num_rounds, 0), ("every", every, 1)):
             if type(value) is not int or value < least:
                 raise ValueError(f"Federation: {name}={value!r} should be an integer of at least {least}")
-        checks.check_sample(data, participants)
-        counts = checks.check_weights(weights, data.num_clients, "clients")
+        _, counts = checks.check_sample(data, participants, weights)
         pieces: list[History] = []
         bar: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if progress and jax.process_index() == 0:
@@ -298,7 +289,7 @@ class Federation:
         with bar as shown:
             for done in range(0, max(num_rounds, 1), every):
                 count = min(every, num_rounds - done)
-                with naming_lost_peers():
+                with processes.naming_lost_peers():
                     state, rows = _run_piece(self, participants, evaluate, every, state, data, counts, np.int32(count))
                     pieces.append(jax.tree.map(lambda values, count=count: np.asarray(values)[:count], rows))
                 self.check(pieces[-1])

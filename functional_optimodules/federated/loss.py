@@ -1,9 +1,10 @@
-"""Losses as users write them, made into one form, and their averages over examples.
+"""Losses as users write them, made into one form, and their averages over examples and by client.
 
 A loss takes `(params, batch)` or `(params, batch, key)` and returns a scalar, or
 one value per example, alone or with a dict of metrics of either form.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
@@ -11,9 +12,12 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from functional_optimodules.aux_var import Params
-from functional_optimodules.federated.batches import Batches
-from functional_optimodules.types import PyTree
+from functional_optimodules.federated.batches import Batches, walk
+from functional_optimodules.federated.data import FederatedData
+from functional_optimodules.federated.execution import chunk_size, require_blocks
+from functional_optimodules.federated.options import Execution
+from functional_optimodules.federated.placement import AXIS, WHOLE, mesh_of
+from functional_optimodules.types import Params, PyTree
 
 RESERVED = ("round", "participants", "examples", "finite", "joined", "loss")
 
@@ -37,9 +41,7 @@ def _call(loss_fn: LossFn, params: Params, batch: PyTree, key: jax.Array) -> tup
     output = loss_fn(params, batch, key) if len(required) > 2 else loss_fn(params, batch)
     value, metrics = output if isinstance(output, tuple) and len(output) == 2 else (output, {})
     if not isinstance(metrics, dict) or isinstance(value, tuple | dict):
-        raise TypeError(
-            f"the loss returned {output!r}: expected the loss, alone or with a dict of metrics: (loss, metrics)"
-        )
+        raise TypeError(f"the loss returned {output!r}: expected it alone or with a dict of metrics: (loss, metrics)")
     for name, metric in metrics.items():
         if name in RESERVED:
             raise ValueError(f"the loss has a metric named {name!r}, which means something else: rename it")
@@ -147,3 +149,34 @@ class Averages(NamedTuple):
     def value(self) -> Metrics:
         """Return the averages, 0 over no example."""
         return jax.tree.map(lambda total: total / jnp.maximum(self.seen, 1), self.totals)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def evaluate(
+    loss_fn: LossFn, execution: Execution, batch_size: int | None, params: Params, data: FederatedData, key: jax.Array
+) -> Metrics:
+    """Return each client's loss and metrics at some parameters, in one program; see `Federation.evaluate`."""
+    require_blocks(data, execution)
+    mesh, chunk = mesh_of(execution), chunk_size(execution, data.per_shard, params)
+
+    def local(params: Params, data: FederatedData, key: jax.Array) -> Metrics:
+        def assess(slot: jax.Array) -> Metrics:
+            batches = walk(data, slot, batch_size, "mask", epochs=1, shuffled=False)
+            own_key = jax.random.fold_in(key, data.ids[slot])
+            loss, order = maskable(loss_fn, params, batches, own_key), batches.begin(own_key)
+
+            def step(index: jax.Array, averages: Averages) -> Averages:
+                batch, mask = batches.take(order, index)
+                metrics = averaged(loss, mask, batches.size)(params, batch, jax.random.fold_in(own_key, index))[1]
+                return averages.add(metrics, mask, batches.size)
+
+            return jax.lax.fori_loop(0, batches.steps, step, Averages.start(loss, params, batches)).value()
+
+        by_slot = jax.lax.map(assess, jnp.arange(data.ids.shape[0]), batch_size=chunk)
+        found = jax.tree.map(lambda each: jnp.zeros(data.num_clients).at[data.ids].set(each, mode="drop"), by_slot)
+        return found if mesh is None else jax.lax.psum(found, AXIS)
+
+    if mesh is None:
+        return local(params, data, key)
+    specs = WHOLE, data.partition_specs(), WHOLE
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=WHOLE, check_vma=False)(params, data, key)

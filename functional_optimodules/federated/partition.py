@@ -56,8 +56,7 @@ def dirichlet(
       Hsu et al., "Measuring the effects of non-identical data distribution for
       federated visual classification", arXiv:1909.06335.
     """
-    labels = _labels(labels)
-    _check(len(labels), num_clients)
+    labels = _labels(labels, num_clients)
     if not alpha > 0:
         raise ValueError(f"dirichlet: alpha={alpha!r} should be > 0")
     if not 1 <= min_examples <= len(labels) // num_clients:
@@ -66,14 +65,13 @@ def dirichlet(
         )
     rng = np.random.default_rng(seed)
     for _ in range(_TRIES):
-        members: list[list[Indices]] = [[] for _ in range(num_clients)]
+        dealt: list[list[Indices]] = []
         for label in np.unique(labels):
             rows = rng.permutation(np.flatnonzero(labels == label))
             shares = rng.dirichlet(np.full(num_clients, alpha))
             cuts = (np.cumsum(shares)[:-1] * len(rows)).astype(int)
-            for client, part in enumerate(np.split(rows, cuts)):
-                members[client].append(part)
-        parts = [np.sort(np.concatenate(each)) for each in members]
+            dealt.append(np.split(rows, cuts))
+        parts = [np.sort(np.concatenate(each)) for each in zip(*dealt, strict=True)]
         if min(map(len, parts)) >= min_examples:
             return parts
     raise ValueError(
@@ -99,8 +97,7 @@ def sorted_shards(labels: ArrayLike, num_clients: int, similarity: float = 0.0, 
       Hsu et al., arXiv:1909.06335, as used by Karimireddy et al., "SCAFFOLD:
       stochastic controlled averaging for federated learning", section 7.
     """
-    labels = _labels(labels)
-    _check(len(labels), num_clients)
+    labels = _labels(labels, num_clients)
     if not 0 <= similarity <= 1:
         raise ValueError(f"sorted_shards: similarity={similarity!r} should be a share in [0, 1]")
     rng = np.random.default_rng(seed)
@@ -125,17 +122,17 @@ def by_id(ids: ArrayLike) -> list[Indices]:
     Raises:
       ValueError: if `ids` is not one value an example, or empty.
     """
-    ids = _labels(ids)
-    _check(len(ids), 1)
+    ids = _labels(ids, 1)
     order = np.argsort(ids, kind="stable")
     _, starts = np.unique(ids[order], return_index=True)
     return np.split(order, starts[1:])
 
 
-def _labels(labels: ArrayLike) -> NDArray[np.generic]:
+def _labels(labels: ArrayLike, num_clients: int) -> NDArray[np.generic]:
     labels = np.asarray(labels)
     if labels.ndim != 1:
         raise ValueError(f"labels and ids are one value an example, not of shape {list(labels.shape)}")
+    _check(len(labels), num_clients)
     return labels
 
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from numpy.typing import NDArray
 
+from functional_optimodules.federated.options import Execution
 from functional_optimodules.random.keys import is_key
 from functional_optimodules.types import PyTree
 
@@ -20,15 +20,21 @@ def clients_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(np.array(jax.devices() if devices is None else devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def mesh_size(mesh: Mesh) -> int:
-    """Return the number of devices along the axis of clients.
+def mesh_size(mesh: Mesh | None) -> int:
+    """Return the number of devices along the axis of clients: 1 without a mesh.
 
     Raises:
       ValueError: if the mesh has no axis `clients`.
     """
-    if AXIS not in mesh.shape:
-        raise ValueError(f"the mesh has axes {tuple(mesh.shape)}, and none named {AXIS!r}: see `clients_mesh`")
-    return int(mesh.shape[AXIS])
+    axes = {AXIS: 1} if mesh is None else mesh.shape
+    if AXIS not in axes:
+        raise ValueError(f"the mesh has axes {tuple(axes)}, and none named {AXIS!r}: see `clients_mesh`")
+    return axes[AXIS]
+
+
+def mesh_of(execution: Execution) -> Mesh | None:
+    """Return the mesh, where participants are spread over one."""
+    return with_auto_axes(execution) if isinstance(execution, Mesh) else None
 
 
 def with_auto_axes(mesh: Mesh) -> Mesh:
@@ -36,9 +42,9 @@ def with_auto_axes(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
-def split(array: NDArray[np.generic], mesh: Mesh | None) -> jax.Array:
-    """Put blocks of rows on the devices of a mesh, each device's its own."""
-    return jax.device_put(array, None if mesh is None else NamedSharding(with_auto_axes(mesh), SPLIT))
+def sharding(mesh: Mesh | None, spec: PartitionSpec) -> NamedSharding | None:
+    """Return how arrays lie over a mesh: anywhere without one."""
+    return None if mesh is None else NamedSharding(with_auto_axes(mesh), spec)
 
 
 def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
@@ -46,10 +52,8 @@ def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
 
     The copies are in buffers of their own, so that they may be donated.
     """
-    if mesh is None:
-        return jax.tree.map(lambda leaf: jax.numpy.array(leaf), tree)
-    place = NamedSharding(with_auto_axes(mesh), WHOLE)
-    if jax.process_count() == 1:
+    place = sharding(mesh, WHOLE)
+    if place is None or jax.process_count() == 1:
         return jax.tree.map(lambda leaf: jax.device_put(jax.numpy.array(leaf), place), tree)
     return jax.tree.map(lambda leaf: _from_first(leaf, place), tree)
 

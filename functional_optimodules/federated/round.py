@@ -14,25 +14,25 @@ that it gives the same whether clients are run one by one, together, or on sever
 devices.
 """
 
+import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from functional_optimodules.aux_var import AuxVar, FromClients, FromServer, Params, Reduction
+from functional_optimodules.aux_var import AuxVar, FromClients, FromServer, Reduction
 from functional_optimodules.federated.batches import Batches, walk, walk_given
+from functional_optimodules.federated.checks import Given, check_round
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.execution import Rows, chunk_size, run_participants
 from functional_optimodules.federated.loss import Averages, LossFn, Metrics, averaged
-from functional_optimodules.federated.state import FederationState, Sides, own_sides
-from functional_optimodules.numerics import is_finite, where, wide
+from functional_optimodules.federated.state import FederationState, Side, Sides, own_sides
+from functional_optimodules.numerics import cast_like, is_finite, where, wide
 from functional_optimodules.optimizer import OptimizerState
-from functional_optimodules.packing.adapter import Adapter
 from functional_optimodules.random.keys import shapes_only
-from functional_optimodules.types import PyTree, Updates
+from functional_optimodules.types import Params, PyTree, Updates
 from functional_optimodules.xla import long_axis_last
 
 if TYPE_CHECKING:
@@ -42,45 +42,35 @@ if TYPE_CHECKING:
 Carry = tuple[Params, OptimizerState, Averages]
 
 
-class Given(NamedTuple):
-    """What a caller says of the participants; `None` for what was not given. See `Federation.round`."""
-
-    num_steps: jax.Array | None = None
-    mask: jax.Array | None = None
-    weights: jax.Array | None = None
-    dropped: jax.Array | None = None
-
-
 class Shared(NamedTuple):
     """What the participants of a round share.
 
     Attributes:
       params: the parameters, as clients hold them.
-      participants: int32[S], who they are.
       broadcast: the server's auxiliary variables by name, as clients hold them.
       key: the key of the round.
-      given: what the caller says of each.
+      given: what the caller says of each, and who they are.
     """
 
     params: Params
-    participants: jax.Array
-    broadcast: Mapping[str, FromServer]
+    broadcast: dict[str, FromServer]
     key: jax.Array
     given: Given
 
 
 def run_round(
-    federation: "Federation", state: FederationState, data: PyTree, participants: jax.Array, given: Given
+    federation: "Federation", state: FederationState, data: PyTree, given: Given
 ) -> tuple[FederationState, Metrics]:
     """Run one round; see `Federation.round`."""
+    given = check_round(federation, state, data, given)
     sides = own_sides(federation, state)
-    count = participants.shape[0]
+    participants, count = given.participants, given.participants.shape[0]
     data = jax.tree.map(jnp.asarray, data)
     if given.num_steps is None and not isinstance(data, FederatedData):
         given = given._replace(num_steps=jnp.full(count, jax.tree.leaves(data)[0].shape[1], jnp.int32))
     server = sides.server.begin_round(state.server, state.params)
     key = jax.random.fold_in(state.key, state.round)
-    shared = Shared(sides.client.hold(state.params), participants, sides.broadcast(server), key, given)
+    shared = Shared(sides.client.hold(state.params), sides.broadcast(server), key, given)
     slots = data.slots if isinstance(data, FederatedData) else state.slots
     slots = slots[participants] if slots.shape[0] else jnp.arange(count, dtype=jnp.int32)
     work = functools.partial(participate, federation, sides)
@@ -88,28 +78,17 @@ def run_round(
     totals, bank = run_participants(federation.mapping, chunk, work, shared, data, state.bank, slots)
     free = sides.client.free
     server = sides.server.process({name: aux.map_shaped(free) for name, aux in totals.auxes.items()}, server)
-    gradient = jax.tree.map(
-        lambda d, p: (-d / jnp.maximum(totals.weight, 1e-30).astype(d.real.dtype)).astype(p.dtype),
-        free(totals.delta),
-        state.params,
-    )
+    mean = jax.tree.map(lambda d: -d / jnp.maximum(totals.weight, 1e-30).astype(d.real.dtype), free(totals.delta))
+    stepped = sides.server.apply(cast_like(mean, state.params), server, state.params)
     joined = totals.each["joined"] > 0
     # Where nobody joined there was no round for the server; the bank's rows are the old ones already.
-    params, server = where(
-        jnp.any(joined), sides.server.apply(gradient, server, state.params), (state.params, state.server)
-    )
+    params, server = where(jnp.any(joined), stepped, (state.params, state.server))
     known = {"round": state.round, "participants": participants, "finite": totals.each["finite"] > 0, "joined": joined}
     return state._replace(params=params, server=server, bank=bank, round=state.round + 1), totals.each | known
 
 
 def participate(
-    federation: "Federation",
-    sides: Sides,
-    shared: Shared,
-    data: PyTree,
-    index: jax.Array,
-    slot: jax.Array,
-    row: Rows,
+    federation: "Federation", sides: Sides, shared: Shared, data: PyTree, index: jax.Array, slot: jax.Array, row: Rows
 ) -> tuple["Totals", Rows]:
     """Take one participant's round, from its row of the bank to what it adds to the totals, and its new row.
 
@@ -122,12 +101,13 @@ def participate(
       slot: where its rows of the data begin.
       row: what it keeps.
     """
-    client, told = sides.client, shared.given
-    who = shared.participants[index]
+    client = sides.client
+    told = jax.tree.map(lambda leaf: leaf[index], shared.given)
+    who = told.participants
     if isinstance(data, FederatedData):
-        batches = walk(data, slot, federation.batch_size, federation.remainder, federation.epochs)
+        batches = walk(data, slot, federation.batch_size, federation.remainder, federation.epochs, shuffled=True)
     else:
-        batches = walk_given(*jax.tree.map(lambda leaf: leaf[index], (data, told.num_steps, told.mask)))
+        batches = walk_given(jax.tree.map(lambda leaf: leaf[index], data), told.num_steps, told.mask)
     with shapes_only():
         state = sides.restored(row, client.init(shared.params))
     broadcast: dict[str, AuxVar] = {name: aux.narrow(who) for name, aux in shared.broadcast.items()}
@@ -138,31 +118,23 @@ def participate(
     auxes = cast(dict[str, FromClients], client.collect(state))
 
     finite = is_finite((delta, auxes))
-    joined = jnp.array(True) if told.dropped is None else ~told.dropped[index]
+    joined = jnp.array(True) if told.dropped is None else ~told.dropped
     if federation.on_nonfinite == "skip":
         joined = joined & finite
     weight = jnp.float32(1) if federation.weighting == "uniform" else batches.examples
     if told.weights is not None:
-        weight = told.weights[index].astype(jnp.float32)
+        weight = told.weights.astype(jnp.float32)
     each = {"examples": batches.examples, "joined": joined.astype(jnp.float32), "finite": finite.astype(jnp.float32)}
     known = {name: n for name, module in federation.server.channels().items() if (n := module.clients()) is not None}
     auxes = {name: aux.widen(who, known[name]) if aux.is_per_client() else aux for name, aux in auxes.items()}
-    totals = Totals(
-        delta=jax.tree.map(lambda d: jnp.where(joined, weight.astype(d.real.dtype) * d, 0), delta),
-        weight=jnp.where(joined, weight, 0),
-        auxes={name: where(joined, aux, aux.neutral()) for name, aux in auxes.items()},
-        each=metrics | each,
-    )
+    delta = jax.tree.map(lambda d: jnp.where(joined, weight.astype(d.real.dtype) * d, 0), delta)
+    auxes = {name: where(joined, aux, aux.neutral()) for name, aux in auxes.items()}
+    totals = Totals(delta, jnp.where(joined, weight, 0), auxes, metrics | each)
     return totals, where(joined, sides.row(client.commit(state)), row)
 
 
 def _take_steps(
-    client: Adapter[OptimizerState],
-    loss_fn: LossFn,
-    params: Params,
-    state: OptimizerState,
-    batches: Batches,
-    key: jax.Array,
+    client: Side, loss_fn: LossFn, params: Params, state: OptimizerState, batches: Batches, key: jax.Array
 ) -> tuple[Params, OptimizerState, Metrics]:
     """Take a client's local steps, and return where they lead, its state, and the averages of its metrics."""
 
@@ -181,9 +153,8 @@ def _take_steps(
         return jax.lax.fori_loop(0, batches.steps, lambda i, c: step(i, c, order, epoch_key), carry)
 
     start = params, state, Averages.start(loss_fn, client.free(params), batches)
-    y, state, averages = (
-        epoch(jnp.int32(0), start) if batches.epochs == 1 else jax.lax.fori_loop(0, batches.epochs, epoch, start)
-    )
+    end = epoch(jnp.int32(0), start) if batches.epochs == 1 else jax.lax.fori_loop(0, batches.epochs, epoch, start)
+    y, state, averages = end
     return y, state, averages.value()
 
 
@@ -205,25 +176,19 @@ class Totals(NamedTuple):
     auxes: dict[str, FromClients]
     each: Metrics
 
-    def nothing(self, participants: int | None = None) -> "Totals":
+    def nothing(self, participants: tuple[int, ...] = ()) -> "Totals":
         """Return totals over no client, from such shapes of one."""
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self)
-        shape = () if participants is None else (participants,)
-        return Totals(
-            delta=zeros.delta,
-            weight=zeros.weight,
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self)._replace(
             auxes={name: aux.neutral() for name, aux in self.auxes.items()},
-            each={name: jnp.zeros(shape, leaf.dtype) for name, leaf in self.each.items()},
+            each={name: jnp.zeros(participants, leaf.dtype) for name, leaf in self.each.items()},
         )
 
     def add(self, one: "Totals", index: jax.Array) -> "Totals":
         """Add what the participant of that index came to."""
-        return Totals(
-            delta=jax.tree.map(jnp.add, self.delta, one.delta),
-            weight=self.weight + one.weight,
-            auxes={name: aux.merge(one.auxes[name]) for name, aux in self.auxes.items()},
-            each={name: values.at[index].add(one.each[name]) for name, values in self.each.items()},
-        )
+        delta = jax.tree.map(jnp.add, self.delta, one.delta)
+        auxes = {name: aux.merge(one.auxes[name]) for name, aux in self.auxes.items()}
+        each = {name: values.at[index].add(one.each[name]) for name, values in self.each.items()}
+        return Totals(delta, self.weight + one.weight, auxes, each)
 
     def across(self, axis: str) -> "Totals":
         """Add up the totals of all devices by one all-reduce, and one for each variable that is no sum."""
@@ -233,12 +198,7 @@ class Totals(NamedTuple):
         summed = jax.tree.map(lambda new, old: new.astype(old.dtype), restore(jax.lax.psum(vector, axis)), self)
 
         def reduced(aux: FromClients, sums: FromClients) -> FromClients:
-            fields = {
-                field: getattr(sums, field)
-                if variable.reduction is Reduction.SUM
-                else variable.reduction.across(getattr(aux, field), axis)
-                for field, variable in aux.variables().items()
-            }
-            return type(aux)(**fields)
+            others = {name: v.reduction for name, v in aux.variables().items() if v.reduction is not Reduction.SUM}
+            return dataclasses.replace(sums, **{name: r.across(getattr(aux, name), axis) for name, r in others.items()})
 
         return summed._replace(auxes={name: reduced(aux, summed.auxes[name]) for name, aux in self.auxes.items()})

@@ -46,10 +46,8 @@ def draw_by_shard(key: jax.Array, slots: jax.Array, per_shard: int, num_shards: 
       int32[size].
     """
     num_clients = slots.shape[0]
-    ids = (
-        jnp.full(num_shards * per_shard, num_clients, jnp.int32).at[slots].set(jnp.arange(num_clients, dtype=jnp.int32))
-    )
-    ids = ids.reshape(num_shards, per_shard)
+    empty = jnp.full(num_shards * per_shard, num_clients, jnp.int32)
+    ids = empty.at[slots].set(jnp.arange(num_clients, dtype=jnp.int32)).reshape(num_shards, per_shard)
     first, second = jax.random.split(key)
     # Slots without a client come last, with the lowest of scores.
     scores = jnp.where(ids < num_clients, 1 + (jax.random.bits(first, ids.shape, jnp.uint32) >> 1), 0)

@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import DictKey
 from numpy.typing import NDArray
 
 from functional_optimodules.config.fields import differences, require_keys
-from functional_optimodules.federated.execution import mesh_of
-from functional_optimodules.federated.placement import replicate
+from functional_optimodules.federated.placement import mesh_of, replicate
 from functional_optimodules.federated.state import FederationState, own_sides
 from functional_optimodules.optimizer import Optimizer
 from functional_optimodules.random.keys import is_key
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
 
 _KEYS = ("federation", "num_clients", "round", "key", "params", "values", "server", "clients", "bank")
 _FIELDS = ("batch_size", "epochs", "remainder", "weighting", "sampling", "on_nonfinite")
+_SAVED = "Federation: the saved state"
 
 
 def _describe(federation: "Federation") -> dict[str, Json]:
@@ -78,20 +77,16 @@ def decode(federation: "Federation", payload: Json, like: FederationState) -> Fe
     """Read a state; see `Federation.decode`."""
     if not isinstance(payload, Mapping):
         raise ValueError(f"Federation: a saved state is a mapping, not {type(payload).__name__}")
-    require_keys(payload, _KEYS, "Federation: the saved state")
+    require_keys(payload, _KEYS, _SAVED)
     for field, was, mine in differences(payload["federation"], _describe(federation)):
-        raise ValueError(
-            f"Federation: the saved state is of another federation: {field} was {was!r}, and is {mine!r} here"
-        )
-    number = payload["round"]
+        raise ValueError(f"{_SAVED} is of another federation: {field} was {was!r}, and is {mine!r} here")
+    number, total = payload["round"], payload["num_clients"]
     if type(number) is not int or not 0 <= number < 2**31:
-        raise ValueError(f"Federation: the saved state's 'round' should be a count, not {number!r}")
-    if payload["num_clients"] != int(like.num_clients):
-        raise ValueError(
-            f"Federation: num_clients={payload['num_clients']!r} was saved, and is {like.num_clients} here"
-        )
+        raise ValueError(f"{_SAVED}'s 'round' should be a count, not {number!r}")
+    if total != int(like.num_clients):
+        raise ValueError(f"Federation: num_clients={total!r} was saved, and is {like.num_clients} here")
     specs = Specs.of(like.params)
-    specs.require_same(specs_from_json(payload["params"], "Federation: the saved state"), "Federation: the saved state")
+    specs.require_same(specs_from_json(payload["params"], _SAVED), _SAVED)
     by_path, what = specs.by_path, "Federation: the parameters"
     values = decode_tree(payload["values"], specs, lambda path, array, at: decode_like(array, by_path[path], at), what)
     server = layout_of(federation.server, specs.flat())
@@ -109,17 +104,17 @@ def decode(federation: "Federation", payload: Json, like: FederationState) -> Fe
 def _decode_bank(federation: "Federation", payload: Mapping[str, Json], like: FederationState) -> list[jax.Array]:
     clients, bank = payload["clients"], payload["bank"]
     if not isinstance(clients, list) or not all(type(client) is int for client in clients):
-        raise ValueError("Federation: the saved state's 'clients' should be a list of numbers")
+        raise ValueError(f"{_SAVED}'s 'clients' should be a list of numbers")
     sides = own_sides(federation, like)
     models = {name: jax.eval_shape(sides.client.portable, part) for name, part in sides.kept.items()}
     specs = _leaves(models)
     if not isinstance(bank, Mapping) or set(bank) != set(specs):
-        raise ValueError(f"Federation: the saved state's 'bank' should hold {list(specs)}")
+        raise ValueError(f"{_SAVED}'s 'bank' should hold {list(specs)}")
     places = {client: place for place, client in enumerate(clients)}
     own = _own_clients(like)
     missing = [client for client in own if client not in places]
     if missing:
-        raise ValueError(f"Federation: the saved state lacks the rows of the clients {missing}")
+        raise ValueError(f"{_SAVED} lacks the rows of the clients {missing}")
     order, slots = np.array([places[client] for client in own], int), np.asarray(like.slots)[own]
 
     def read(name: str, spec: Spec) -> jax.Array:
@@ -145,11 +140,8 @@ def _own_clients(state: FederationState) -> list[int]:
 
 def _leaves(parts: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Return the leaves of parts, each by the name of its part and its path within."""
-    return {
-        keystr((DictKey(name), *path)): leaf
-        for name, part in parts.items()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(part)
-    }
+    each = (jax.tree_util.tree_leaves_with_path({name: part}) for name, part in parts.items())
+    return {keystr(path): leaf for path, leaf in itertools.chain.from_iterable(each)}
 
 
 def _raw(leaf: jax.Array) -> jax.Array:

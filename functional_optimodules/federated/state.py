@@ -13,22 +13,21 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
-from functional_optimodules.aux_var import AuxVar, FromServer, Params
+from functional_optimodules.aux_var import AuxVar, FromServer
 from functional_optimodules.config.fields import differences
 from functional_optimodules.dependence import sources
 from functional_optimodules.federated.batches import check_batches
 from functional_optimodules.federated.checks import require_clients
 from functional_optimodules.federated.data import FederatedData
-from functional_optimodules.federated.execution import Rows, mesh_of
-from functional_optimodules.federated.placement import SPLIT, mesh_size, replicate
+from functional_optimodules.federated.execution import Rows
+from functional_optimodules.federated.placement import SPLIT, mesh_of, mesh_size, replicate, sharding
 from functional_optimodules.optimizer import OptimizerState
 from functional_optimodules.packing.adapter import Adapter, adapted
 from functional_optimodules.packing.policy import worthwhile
 from functional_optimodules.packing.tree import Packing
 from functional_optimodules.random.keys import shapes_only
-from functional_optimodules.types import PyTree
+from functional_optimodules.types import Params, PyTree
 from functional_optimodules.wire.layout import Layout
 from functional_optimodules.wire.paths import Specs, keystr
 
@@ -72,6 +71,9 @@ class FederationState(NamedTuple):
     made_for: MadeFor
 
 
+Side = Adapter[OptimizerState]
+
+
 class Sides(NamedTuple):
     """Both sides of a federation as they act on some parameters, and what a client keeps.
 
@@ -82,8 +84,8 @@ class Sides(NamedTuple):
       kept: the shapes of each part that outlives a round, by name.
     """
 
-    client: Adapter[OptimizerState]
-    server: Adapter[OptimizerState]
+    client: Side
+    server: Side
     layout: Layout
     kept: dict[str, PyTree]
 
@@ -94,8 +96,7 @@ class Sides(NamedTuple):
 
     def row(self, state: OptimizerState) -> Rows:
         """Return what is kept of a client's state: its row of the bank."""
-        parts = [value for name, _, value in self.layout.split(state) if name in self.kept]
-        return jax.tree.leaves(parts)
+        return jax.tree.leaves([value for name, _, value in self.layout.split(state) if name in self.kept])
 
     def parts(self, row: Iterable[PyTree]) -> dict[str, PyTree]:
         """Return the parts that a row holds, by name."""
@@ -114,16 +115,14 @@ def sides_of(federation: "Federation", params: Params, packing: Packing | None) 
     client, server = adapted(federation.client, packing), adapted(federation.server)
     with shapes_only():
         sides = Sides(client, server, Layout(jax.eval_shape(federation.client.init, Specs.of(params).by_path)), {})
-        held = jax.eval_shape(client.hold, params)
+        held, state = jax.eval_shape(client.hold, params), jax.eval_shape(client.init, params)
         broadcast = jax.eval_shape(lambda params: sides.broadcast(server.init(params)), params)
-    return sides._replace(kept=_outliving(sides, held, broadcast))
+    return sides._replace(kept=_kept(sides, state, held, broadcast))
 
 
-def _outliving(sides: Sides, params: Params, broadcast: dict[str, FromServer]) -> dict[str, PyTree]:
+def _kept(sides: Sides, state: OptimizerState, params: Params, broadcast: dict[str, FromServer]) -> dict[str, PyTree]:
     """Return the parts of a client's state that must outlive a round, from the shapes of all that there is."""
     client = sides.client
-    with shapes_only():
-        state = jax.eval_shape(client.init, params)
     parts = [(name, value) for name, _, value in sides.layout.split(state)]
     part_of = [index for index, (_, value) in enumerate(parts) for _ in jax.tree.leaves(value)]
 
@@ -183,10 +182,8 @@ def make_state(federation: "Federation", params: Params, clients: int | Federate
     )
     state, first = replicate((state, client.init(client.hold(params))), mesh)
     rows = jax.vmap(lambda first, identity: sides.row(client.fold_in(first, identity)), (None, 0))
-    if mesh is None:
-        return state._replace(bank=jax.jit(rows)(first, ids))
     ids = jnp.pad(ids, (0, -ids.shape[0] % mesh_size(mesh)), constant_values=ids.shape[0])
-    return state._replace(bank=jax.jit(rows, out_shardings=NamedSharding(mesh, SPLIT))(first, ids))
+    return state._replace(bank=jax.jit(rows, out_shardings=sharding(mesh, SPLIT))(first, ids))
 
 
 def _require_trained(params: Params) -> None:

@@ -18,12 +18,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from functional_optimodules.aux_var import Params
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.modules.momentum import ewma, yogi_average
 from functional_optimodules.numerics import abs_sq, cast_like, one_minus_power, safe_sqrt, wide, zeros_wide
-from functional_optimodules.types import PyTree, Updates
+from functional_optimodules.types import Params, PyTree, Updates
 
 
 def squares(updates: Updates) -> PyTree:
@@ -147,18 +146,23 @@ def init_moments(params: Params, amsgrad: bool) -> AdamState:
     return AdamState(jnp.zeros((), jnp.int32), zeros_wide(params), zeros_wide(params, real=True), largest)
 
 
-def divide_corrected(
-    updates: Updates, state: AdamState, beta_1: ArrayLike, beta_2: ArrayLike, eps: ArrayLike
+def corrected(moments: PyTree, beta: ArrayLike, steps: jax.Array) -> PyTree:
+    """Return averages that started from 0, divided by the weight of what they are averages of."""
+    scale = 1 / one_minus_power(beta, steps)
+    return jax.tree.map(lambda m: m * scale.astype(m.real.dtype), moments)
+
+
+def adam_step(
+    updates: Updates, state: AdamState, second: PyTree, beta_1: ArrayLike, beta_2: ArrayLike, eps: ArrayLike
 ) -> tuple[Updates, AdamState]:
-    """Return Adam's output, given a state whose moments have already moved."""
-    first_scale = 1 / one_minus_power(beta_1, state.steps)
-    second_scale = 1 / one_minus_power(beta_2, state.steps)
-    second = jax.tree.map(lambda v: v * second_scale.astype(v.dtype), state.second)
-    if state.largest is not None:
-        second = jax.tree.map(jnp.maximum, state.largest, second)
-        state = state._replace(largest=second)
-    first = jax.tree.map(lambda m: m * first_scale.astype(m.real.dtype), state.first)
-    return divide_by_root(first, second, eps, updates), state
+    """Return Adam's output and its new state, given the second moment's new value."""
+    steps = optax.safe_increment(state.steps)
+    first = ewma(state.first, jax.tree.map(wide, updates), beta_1)
+    v_hat, largest = corrected(second, beta_2, steps), state.largest
+    if largest is not None:
+        v_hat = largest = jax.tree.map(jnp.maximum, largest, v_hat)
+    output = divide_by_root(corrected(first, beta_1, steps), v_hat, eps, updates)
+    return output, AdamState(steps, first, second, largest)
 
 
 class AdamModule(OptiModule[AdamState]):
@@ -205,12 +209,8 @@ class AdamModule(OptiModule[AdamState]):
     def update(
         self, updates: Updates, state: AdamState, params: Params = None, **extra_args: PyTree
     ) -> tuple[Updates, AdamState]:
-        moved = state._replace(
-            steps=optax.safe_increment(state.steps),
-            first=ewma(state.first, jax.tree.map(wide, updates), self.beta_1),
-            second=ewma(state.second, squares(updates), self.beta_2),
-        )
-        return divide_corrected(updates, moved, self.beta_1, self.beta_2, self.eps)
+        second = ewma(state.second, squares(updates), self.beta_2)
+        return adam_step(updates, state, second, self.beta_1, self.beta_2, self.eps)
 
 
 class YogiModule(OptiModule[AdamState]):
@@ -248,9 +248,5 @@ class YogiModule(OptiModule[AdamState]):
     def update(
         self, updates: Updates, state: AdamState, params: Params = None, **extra_args: PyTree
     ) -> tuple[Updates, AdamState]:
-        moved = state._replace(
-            steps=optax.safe_increment(state.steps),
-            first=ewma(state.first, jax.tree.map(wide, updates), self.beta_1),
-            second=yogi_average(state.second, squares(updates), self.beta_2),
-        )
-        return divide_corrected(updates, moved, self.beta_1, self.beta_2, self.eps)
+        second = yogi_average(state.second, squares(updates), self.beta_2)
+        return adam_step(updates, state, second, self.beta_1, self.beta_2, self.eps)

@@ -17,12 +17,11 @@ import optax
 from jax.typing import ArrayLike
 
 from functional_optimodules import xla
-from functional_optimodules.aux_var import Params
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.numerics import abs_sq, safe_sqrt, wide
 from functional_optimodules.packing.policy import map_parameters
-from functional_optimodules.types import PyTree, Updates
+from functional_optimodules.types import Params, PyTree, Updates
 
 
 def sum_of_squares(gradient: jax.Array) -> jax.Array:

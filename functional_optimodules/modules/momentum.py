@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from functional_optimodules.aux_var import Params
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.numerics import cast_like, wide, zeros_wide
-from functional_optimodules.types import PyTree, Updates
+from functional_optimodules.types import Params, PyTree, Updates
 
 
 def ewma(average: PyTree, values: PyTree, beta: ArrayLike) -> PyTree:

@@ -18,13 +18,12 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from functional_optimodules.aux_var import Params
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.numerics import wide
 from functional_optimodules.random.chacha import CHACHA20
 from functional_optimodules.random.keys import make_key
-from functional_optimodules.types import PyTree, Updates
+from functional_optimodules.types import Params, PyTree, Updates
 from functional_optimodules.wire.paths import leaf_paths
 
 

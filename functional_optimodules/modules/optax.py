@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from functional_optimodules.aux_var import Params
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import FrozenConfig, hyperparameter, nearest
 from functional_optimodules.numerics import cast_like, wide
-from functional_optimodules.types import Json, PyTree, Updates
-from functional_optimodules.wire.paths import leaf_paths
+from functional_optimodules.types import Json, Params, PyTree, Updates
+from functional_optimodules.wire.paths import keystr, leaf_paths
 
 # The sign of what a factory makes follows from whether it takes a `learning_rate`, but for these:
 # the first name theirs otherwise or take none, the last calls its first step size so.
@@ -147,37 +146,24 @@ def _mask_by_path(mask: Json, what: str) -> Callable[[PyTree], PyTree]:
       ValueError: if a value is no boolean; the mask itself raises it for parameters that
         it does not cover, and for what it names and is not there.
     """
-    entries: dict[str, bool] = {}
-
-    def read(node: Json, path: str) -> None:
-        if isinstance(node, Mapping):
-            for key, each in node.items():
-                read(each, f"{path}/{key}" if path else key)
-        elif isinstance(node, bool):
-            entries[path] = node
-        else:
+    nodes = jax.tree.leaves_with_path(mask, is_leaf=lambda node: not isinstance(node, Mapping))
+    entries = {keystr(path): node for path, node in nodes}
+    for path, node in entries.items():
+        if not isinstance(node, bool):
             raise ValueError(f"{what} should be a boolean at {path!r}, not {node!r}")
 
     def call(tree: PyTree) -> PyTree:
-        chosen, used = [], set()
+        chosen = []
         for path in leaf_paths(tree):
-            entry = next((entry for entry in entries if path == entry or path.startswith(f"{entry}/")), None)
+            entry = next((entry for entry in entries if f"{path}/".startswith(f"{entry}/")), None)
             if entry is None:
                 raise ValueError(f"{what} says nothing of the parameter {path!r}: it names {sorted(entries)}")
-            chosen.append(entries[entry])
-            used.add(entry)
-        if unused := sorted(entries.keys() - used):
+            chosen.append(entry)
+        if unused := sorted(entries.keys() - set(chosen)):
             raise ValueError(f"{what} names {unused[0]!r}, and there are the parameters {leaf_paths(tree)}")
-        return jax.tree.unflatten(jax.tree.structure(tree), chosen)
+        return jax.tree.unflatten(jax.tree.structure(tree), [entries[entry] for entry in chosen])
 
-    read(mask, "")
     return call
-
-
-def _belongs_to_optax(thing: Any) -> bool:
-    thing = thing.func if isinstance(thing, functools.partial) else thing
-    home = thing.__name__ if inspect.ismodule(thing) else getattr(thing, "__module__", None)
-    return isinstance(home, str) and home.split(".")[0] == "optax"
 
 
 def _find(name: str) -> PyTree:
@@ -187,10 +173,12 @@ def _find(name: str) -> PyTree:
             known = [each for each in dir(place) if not each.startswith("_")]
             raise ValueError(f"OptaxModule: optax has no public {name!r}: {nearest(part, known)}")
         place = getattr(place, part)
+        function = place.func if isinstance(place, functools.partial) else place
+        home = getattr(inspect.getmodule(function), "__name__", "")
+        foreign = home.split(".")[0] != "optax"
         # A configuration may come from a peer: it must not reach what optax happens to import.
-        if not _belongs_to_optax(place):
+        if foreign:
             break
-    function = place.func if isinstance(place, functools.partial) else place
-    if not inspect.isfunction(function) or not _belongs_to_optax(place):
+    if foreign or not inspect.isfunction(function):
         raise ValueError(f"OptaxModule: optax.{name} makes no gradient transformation: it is {place!r}")
     return place

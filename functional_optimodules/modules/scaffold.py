@@ -26,11 +26,16 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from functional_optimodules.aux_var import FromClients, FromServer, Params, Scalar
+from functional_optimodules.aux_var import FromClients, FromServer, Scalar
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
-from functional_optimodules.numerics import cast_like, wide, zeros_wide
-from functional_optimodules.types import PyTree, Updates
+from functional_optimodules.numerics import cast_like, where, wide, zeros_wide
+from functional_optimodules.types import Params, PyTree, Updates
+
+
+def divided(total: PyTree, count: jax.Array) -> PyTree:
+    """Return a sum divided by the number of its terms."""
+    return jax.tree.map(lambda t: t / count.astype(t.real.dtype), total)
 
 
 class ScaffoldDelta(FromClients):
@@ -119,10 +124,7 @@ class ScaffoldClientModule(OptiModule[ScaffoldClientState]):
         )
 
     def _next_local(self, state: ScaffoldClientState) -> PyTree:
-        count = jnp.maximum(state.steps, 1)
-        return jax.tree.map(
-            lambda t, local: jnp.where(state.steps > 0, t / count.astype(t.real.dtype), local), state.total, state.local
-        )
+        return where(state.steps > 0, divided(state.total, jnp.maximum(state.steps, 1)), state.local)
 
 
 class ScaffoldServerState(NamedTuple):
@@ -167,7 +169,7 @@ class ScaffoldServerModule(OptiModule[ScaffoldServerState]):
 
     def collect(self, state: ScaffoldServerState) -> ScaffoldVariate:
         count = jnp.maximum(state.clients, 1) if self.num_clients is None else jnp.asarray(self.num_clients)
-        return ScaffoldVariate(jax.tree.map(lambda t: t / count.astype(t.real.dtype), state.total))
+        return ScaffoldVariate(divided(state.total, count))
 
     def process(self, aux: ScaffoldDelta, state: ScaffoldServerState) -> ScaffoldServerState:
         total = jax.tree.map(lambda t, d: t + d.astype(t.dtype), state.total, aux.delta)

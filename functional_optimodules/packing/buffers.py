@@ -19,17 +19,18 @@ from jax.sharding import AxisType, NamedSharding
 
 from functional_optimodules import xla
 
+Arrays = list[jax.Array]
 Shape = tuple[int, ...]
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
-def join(arrays: list[jax.Array], shapes: tuple[Shape, ...]) -> jax.Array:
+def join(arrays: Arrays, shapes: tuple[Shape, ...]) -> jax.Array:
     """Lay arrays of some shapes, behind any leading axes, end to end."""
     leads = [array.shape[: array.ndim - len(shape)] for array, shape in zip(arrays, shapes, strict=True)]
     return jnp.concatenate([array.reshape((*lead, -1)) for array, lead in zip(arrays, leads, strict=True)], axis=-1)
 
 
-def cut(buffer: jax.Array, shapes: tuple[Shape, ...]) -> list[jax.Array]:
+def cut(buffer: jax.Array, shapes: tuple[Shape, ...]) -> Arrays:
     """Cut what `join` made into arrays of these shapes; of a NumPy array, views.
 
     Raises:
@@ -45,7 +46,7 @@ def cut(buffer: jax.Array, shapes: tuple[Shape, ...]) -> list[jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
-def _cut_compiled(buffer: jax.Array, shapes: tuple[Shape, ...]) -> list[jax.Array]:
+def _cut_compiled(buffer: jax.Array, shapes: tuple[Shape, ...]) -> Arrays:
     pieces = _pieces(buffer, tuple(map(math.prod, shapes)))
     return [piece.reshape((*piece.shape[:-1], *shape)) for piece, shape in zip(pieces, shapes, strict=True)]
 
@@ -69,15 +70,11 @@ def homed(array: Any, home: Any) -> Any:
     return jax.device_put(array, home) if moves else array
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _pieces(buffer: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
-    return xla.pieces(buffer, sizes)
+_pieces = jax.custom_jvp(xla.pieces, nondiff_argnums=(1,))
 
 
 @_pieces.defjvp
-def _pieces_jvp(
-    sizes: tuple[int, ...], primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[list[jax.Array], list[jax.Array]]:
+def _pieces_jvp(sizes: Shape, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[Arrays, Arrays]:
     # The transpose of slices would be as many paddings as there are.
     (tangent,) = tangents
     return _pieces(*primals, sizes), list(lax.split(tangent, sizes, tangent.ndim - 1))

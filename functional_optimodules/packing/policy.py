@@ -11,19 +11,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from functional_optimodules.packing.tree import Packed, Packing, is_absent, is_packed, unpack
+from functional_optimodules.packing.tree import Group, Packed, Packing, is_absent, is_packed, unpack
 from functional_optimodules.types import PyTree
 
-# Bytes; for lack of a measurement, other backends take the first.
-_MEASURED = {"cpu": 2**15}
+# Bytes, on CPU; for lack of a measurement, other backends take it too.
+_MEASURED = 2**15
 _FEWEST = 4
 _chosen: dict[str, int] = {}
 
 
 def small_leaf() -> int:
     """Return the most bytes of a leaf that is packed on the backend in use."""
-    backend = jax.default_backend()
-    return _chosen.get(backend, _MEASURED.get(backend, _MEASURED["cpu"]))
+    return _chosen.get(jax.default_backend(), _MEASURED)
 
 
 def set_small_leaf(size: int | None) -> None:
@@ -60,12 +59,12 @@ def pack(tree: PyTree, *, like: PyTree = None, small: int | None = None) -> Pack
       ValueError: if the tree does not have the structure and shapes of `like`, or
         `small` is no number of bytes.
     """
-    if is_packed(tree) and (like is None or like.packing == tree.packing):
-        return tree
+    if is_packed(like):
+        return packed_as(tree, like.packing)
     if like is not None:
-        if not is_packed(like):
-            raise TypeError(f"pack: like={type(like).__name__} should be a packed tree")
-        return like.packing.pack(unpack(tree))
+        raise TypeError(f"pack: like={type(like).__name__} should be a packed tree")
+    if is_packed(tree):
+        return tree
     small = small_leaf() if small is None else small
     if type(small) is not int or small < 0:
         raise ValueError(f"pack: small={small!r} should be a number of bytes of at least 0")
@@ -103,14 +102,12 @@ def map_parameters(function: Callable[..., jax.Array], *trees: PyTree) -> PyTree
     def of_packed(*nodes: PyTree) -> Packed:
         packing = nodes[0].packing
         if not all(is_packed(node) and node.packing == packing for node in nodes):
-            raise ValueError(
-                f"map_parameters: one tree is packed as {packing!r}: expected all to be, see `pack(like=...)`"
-            )
+            raise ValueError(f"map_parameters: one is packed as {packing!r}: expected all to be, by `pack(like=...)`")
         buffers = (of_group(packing, *each) for each in zip(packing.groups, *(n.buffers for n in nodes), strict=True))
         large = jax.tree.map(function, *(node.large for node in nodes))
         return Packed(packing, (*buffers, *large))
 
-    def of_group(packing: Packing, group: tuple[int, ...], *buffers: jax.Array) -> jax.Array:
+    def of_group(packing: Packing, group: Group, *buffers: jax.Array) -> jax.Array:
         if is_absent(buffers[0]):
             return buffers[0]
         pieces = []

@@ -24,7 +24,9 @@ from jax.tree_util import DictKey
 
 from functional_optimodules.packing.buffers import Shape, cut, home_of, homed, join
 from functional_optimodules.types import PyTree
-from functional_optimodules.wire.paths import Specs, show
+from functional_optimodules.wire.paths import Spec, Specs, show
+
+Group = tuple[int, ...]
 
 
 @jax.tree_util.register_static
@@ -39,9 +41,7 @@ class Packing:
       names: what the buffers and the large leaves are called in a path.
     """
 
-    def __init__(
-        self, specs: Specs, groups: tuple[tuple[int, ...], ...], homes: tuple[NamedSharding | None, ...]
-    ) -> None:
+    def __init__(self, specs: Specs, groups: tuple[Group, ...], homes: tuple[NamedSharding | None, ...]) -> None:
         self.specs = specs
         self.groups = groups
         self.homes = homes
@@ -91,11 +91,11 @@ class Packing:
         made = cls(specs, groups, tuple(home_of(home) for _, home in chosen))
         return _known.setdefault(made._key, made)
 
-    def shapes(self, group: tuple[int, ...]) -> tuple[Shape, ...]:
+    def shapes(self, group: Group) -> tuple[Shape, ...]:
         """Return the shape of each leaf of a group."""
         return tuple(self.specs.leaves[index].shape for index in group)
 
-    def rows(self, group: tuple[int, ...]) -> Iterator[tuple[int, int, Shape]]:
+    def rows(self, group: Group) -> Iterator[tuple[int, int, Shape]]:
         """Yield where leaves of one shape lie side by side: the offset in elements, their number, and the shape."""
         offset = 0
         for shape, run in itertools.groupby(self.shapes(group)):
@@ -120,30 +120,21 @@ class Packing:
         for path, leaf, spec in zip(self.specs.paths, leaves, self.specs.leaves, strict=True):
             if not is_absent(leaf) and leaf.shape[max(0, len(leaf.shape) - len(spec.shape)) :] != spec.shape:
                 raise ValueError(f"pack: {show(leaf)} at {path!r}: expected the shape {list(spec.shape)}")
-        for group in self.groups:
-            for index in group:
-                if is_absent(leaves[index]) != is_absent(leaves[group[0]]):
-                    raise ValueError(
-                        f"pack: of the leaves of a buffer that at {self.specs.paths[index]!r} is masked alone"
-                    )
-                if not is_absent(leaves[index]) and leaves[index].dtype != leaves[group[0]].dtype:
-                    first, other = (f"{show(leaves[i])} at {self.specs.paths[i]!r}" for i in (group[0], index))
-                    raise ValueError(f"pack: {first} and {other} would share a buffer: expected one dtype")
-        buffers = [
-            leaves[group[0]]
-            if is_absent(leaves[group[0]])
-            else join([leaves[index] for index in group], self.shapes(group))
-            for group in self.groups
-        ]
+        buffers = [self._join([leaves[index] for index in group], group) for group in self.groups]
         return Packed(self, (*map(homed, buffers, self.homes), *(leaves[index] for index in self.large)))
+
+    def _join(self, leaves: list[PyTree], group: Group) -> PyTree:
+        # not bare: NumPy takes `None` for float64
+        kinds = [() if is_absent(leaf) else (leaf.dtype,) for leaf in leaves]
+        if other := next((place for place, kind in enumerate(kinds) if kind != kinds[0]), 0):
+            named = [f"{_show(leaves[place])} at {self.specs.paths[group[place]]!r}" for place in (0, other)]
+            raise ValueError(f"pack: {' and '.join(named)} would share a buffer: expected one dtype, or all masked")
+        return join(leaves, self.shapes(group)) if kinds[0] else leaves[0]
 
     def model(self) -> "Packed":
         """Return the shapes and dtypes of the packed tree."""
         specs = self.specs.leaves
-        buffers = [
-            jax.ShapeDtypeStruct((sum(map(math.prod, self.shapes(group))),), specs[group[0]].dtype)
-            for group in self.groups
-        ]
+        buffers = [Spec((sum(map(math.prod, self.shapes(group))),), specs[group[0]].dtype) for group in self.groups]
         return Packed(self, (*buffers, *(specs[index] for index in self.large)))
 
 
@@ -191,11 +182,7 @@ class Packed:
 
     def shapes(self) -> PyTree:
         """Return the tree's shapes and dtypes."""
-        return self._tree(
-            lambda buffer, shapes: [
-                jax.ShapeDtypeStruct((*buffer.shape[:-1], *shape), buffer.dtype) for shape in shapes
-            ]
-        )
+        return self._tree(lambda buffer, shapes: [Spec((*buffer.shape[:-1], *shape), buffer.dtype) for shape in shapes])
 
     def homed(self, homes: Sequence[NamedSharding | None]) -> "Packed":
         """Have the parts lie on a mesh as the leaves that they stand for, whose homes are given in the tree's order."""
@@ -233,8 +220,7 @@ class Packed:
         return piece.reshape((*piece.shape[:-1], *shapes[place]))
 
     def __repr__(self) -> str:
-        parts = [show(part) if hasattr(part, "dtype") else repr(part) for part in self.parts]
-        return f"Packed({self.packing!r}, [{', '.join(parts)}])"
+        return f"Packed({self.packing!r}, [{', '.join(map(_show, self.parts))}])"
 
 
 jax.tree_util.register_pytree_with_keys(
@@ -243,6 +229,10 @@ jax.tree_util.register_pytree_with_keys(
     lambda packing, parts: Packed(packing, tuple(parts)),
     flatten_func=lambda packed: (packed.parts, packed.packing),
 )
+
+
+def _show(node: PyTree) -> str:
+    return show(node) if hasattr(node, "dtype") else repr(node)
 
 
 def is_absent(node: PyTree) -> bool:

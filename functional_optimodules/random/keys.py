@@ -39,8 +39,7 @@ def make_key(seed: int | None, params: PyTree, owner: str, impl: Any = None) -> 
       RuntimeError: if entropy is asked for while tracing. A compiled program
         would hold the drawn number as a constant, and repeat it at each call.
     """
-    words = secrets.randbits(31) if seed is None else seed
-    key = jax.random.key(words, impl=impl)
+    key = jax.random.key(secrets.randbits(31) if seed is None else seed, impl=impl)
     if seed is not None or _abstract.get():
         return key
     # Under vmap the key itself is not traced, and would be the same for all.
@@ -49,15 +48,10 @@ def make_key(seed: int | None, params: PyTree, owner: str, impl: Any = None) -> 
             f"{owner}: seed=None takes a key from the operating system, which a traced program cannot: "
             "call `init` outside of jit, vmap and scan, or give a seed"
         )
-    return _mix(key)
-
-
-def _mix(key: jax.Array) -> jax.Array:
     # A seed has 32 bits: fill the whole key with entropy instead.
     data = jax.random.key_data(key)
-    words = [secrets.randbits(32) for _ in range(data.size)]
-    fresh = jnp.array(words, jnp.uint32).reshape(data.shape)
-    return jax.random.wrap_key_data(fresh, impl=jax.random.key_impl(key))
+    words = jnp.array([secrets.randbits(32) for _ in range(data.size)], jnp.uint32)
+    return jax.random.wrap_key_data(words.reshape(data.shape), impl=jax.random.key_impl(key))
 
 
 def is_key(leaf: Any) -> bool:
@@ -72,12 +66,10 @@ def generator_name(keys: Any) -> str:
       TypeError: if it has none.
     """
     generator = jax.random.key_impl(keys)
-    for name, own in _GENERATORS.items():
-        if generator == own:
-            return name
-    if isinstance(generator, str):
-        return generator
-    raise TypeError(f"keys of {generator} cannot be saved: JAX knows their generator by no name")
+    name = next((name for name, own in _GENERATORS.items() if generator == own), generator)
+    if not isinstance(name, str):
+        raise TypeError(f"keys of {generator} cannot be saved: JAX knows their generator by no name")
+    return name
 
 
 def generator_named(name: str, what: str) -> tuple[Any, tuple[int, ...]]:

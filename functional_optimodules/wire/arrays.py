@@ -39,25 +39,29 @@ def encode_array(array: jax.Array | HostArray) -> dict[str, Json]:
     return {"dtype": _name(values.dtype), "shape": list(values.shape), "data": data}
 
 
-def decode_array(payload: Json, what: str) -> jax.Array:
+def decode_array(payload: Json, what: str, shape: tuple[int, ...] | None = None) -> jax.Array:
     """Read what `encode_array` wrote.
 
     Args:
       payload: the JSON values.
       what: how errors name the array.
+      shape: the shape that it must have, checked before its bytes are read; `None` for any.
 
     Raises:
-      ValueError: if the dtype is unknown, the shape malformed, the base64
-        wrong, or the number of bytes not that of the shape.
+      ValueError: if the dtype is unknown, the shape malformed or another, the
+        base64 wrong, or the number of bytes not that of the shape.
     """
     if not isinstance(payload, Mapping) or set(payload) != {"dtype", "shape", "data"}:
         found = sorted(payload) if isinstance(payload, Mapping) else type(payload).__name__
         raise ValueError(f"{what} should be an array (dtype, shape, data), not {found}")
-    shape = read_shape(payload["shape"], what)
-    name = payload["dtype"]
+    name, sizes, data = payload["dtype"], payload["shape"], payload["data"]
+    if shape is not None and sizes != list(shape):
+        raise ValueError(f"{what} has shape {sizes!r}: expected {list(shape)}")
+    shape = read_shape(sizes, what)
     if isinstance(name, str) and name.startswith(KEY):
-        return _decode_keys(name.removeprefix(KEY), shape, payload["data"], what)
-    return _put(_decode_values(read_dtype(name, what), shape, payload["data"], what))
+        generator, words = generator_named(name.removeprefix(KEY), what)
+        return jax.random.wrap_key_data(_decode(np.dtype(np.uint32), shape + words, data, what), impl=generator)
+    return _decode(read_dtype(name, what), shape, data, what)
 
 
 # On the CPU, `device_put` takes memory that is so aligned over rather than copy it, `may_alias` or not, and what is not
@@ -65,12 +69,7 @@ def decode_array(payload: Json, what: str) -> jax.Array:
 _ALIGNMENT, _LARGE = 64, 2**16
 
 
-def _put(values: HostArray) -> jax.Array:
-    aligned = values.ctypes.data % _ALIGNMENT == 0
-    return jnp.array(values) if aligned or values.nbytes < _LARGE else jax.device_put(values)
-
-
-def _decode_values(dtype: Any, shape: tuple[int, ...], data: Json, what: str) -> HostArray:
+def _decode(dtype: Any, shape: tuple[int, ...], data: Json, what: str) -> jax.Array:
     try:
         raw = binascii.a2b_base64(data, strict_mode=True)
     except (binascii.Error, TypeError, ValueError) as error:
@@ -81,27 +80,19 @@ def _decode_values(dtype: Any, shape: tuple[int, ...], data: Json, what: str) ->
     if dtype == np.bool_ and raw.translate(None, b"\0\1"):
         raise ValueError(f"{what}: a boolean is a byte of 0 or 1")
     values = np.frombuffer(raw, dtype).reshape(shape)
-    return values.byteswap() if sys.byteorder == "big" else values
-
-
-def _decode_keys(name: str, shape: tuple[int, ...], data: Json, what: str) -> jax.Array:
-    generator, words = generator_named(name, what)
-    values = _decode_values(np.dtype(np.uint32), shape + words, data, what)
-    return jax.random.wrap_key_data(_put(values), impl=generator)
+    if sys.byteorder == "big":
+        values = values.byteswap()
+    aligned = values.ctypes.data % _ALIGNMENT == 0
+    return jnp.array(values) if aligned or values.nbytes < _LARGE else jax.device_put(values)
 
 
 def decode_like(payload: Json, like: Spec, what: str) -> jax.Array:
-    """Read an array of a known shape and dtype, which are checked before its bytes are read.
+    """Read an array of a known shape and dtype.
 
     Raises:
       ValueError: if the array is malformed, or not of that shape and dtype.
     """
-    if isinstance(payload, Mapping):
-        if payload.get("shape") != list(like.shape):
-            raise ValueError(f"{what} has shape {payload.get('shape')!r}: expected {list(like.shape)}")
-        if not is_key(like) and payload.get("dtype") != _name(like.dtype):
-            raise ValueError(f"{what} has dtype {payload.get('dtype')!r}: expected {str(like.dtype)!r}")
-    array = decode_array(payload, what)
+    array = decode_array(payload, what, like.shape)
     if array.dtype != like.dtype:
-        raise ValueError(f"{what} has dtype {payload['dtype']!r}: expected keys of {like.dtype}")
+        raise ValueError(f"{what} has dtype {payload['dtype']!r}: expected {str(like.dtype)!r}")
     return array

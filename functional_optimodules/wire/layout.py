@@ -1,9 +1,9 @@
 """Trees and states as JSON: which parts of a state are shaped like the parameters, and where each part is."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
+from jax.tree_util import PyTreeDef
 
 from functional_optimodules.config.fields import require_keys
 from functional_optimodules.types import Json, PyTree
@@ -23,7 +23,7 @@ def encode_tree(tree: PyTree, specs: Specs) -> dict[str, Json]:
 def _encode_node(node: PyTree) -> dict[str, Json]:
     if jax.tree_util.all_leaves([node]):
         return encode_array(node)
-    return {keystr(path): encode_array(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(node)[0]}
+    return {keystr(path): encode_array(leaf) for path, leaf in jax.tree.leaves_with_path(node)}
 
 
 def decode_tree(payload: Json, specs: Specs, read: Callable[[str, Json, str], PyTree], what: str) -> PyTree:
@@ -49,12 +49,11 @@ def decode_tree(payload: Json, specs: Specs, read: Callable[[str, Json, str], Py
 def _decode_node(payload: Json, like: PyTree, what: str) -> PyTree:
     if jax.tree_util.all_leaves([like]):
         return decode_like(payload, like, what)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
-    names = [keystr(path) for path, _ in leaves]
-    if not isinstance(payload, Mapping) or set(payload) != set(names):
-        raise ValueError(f"{what} should hold the arrays {names}")
-    arrays = [decode_like(payload[name], leaf, f"{what}/{name}") for name, (_, leaf) in zip(names, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, arrays)
+    leaves = {keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(like)}
+    if not isinstance(payload, Mapping) or payload.keys() != leaves.keys():
+        raise ValueError(f"{what} should hold the arrays {list(leaves)}")
+    arrays = [decode_like(payload[name], leaf, f"{what}/{name}") for name, leaf in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), arrays)
 
 
 class Layout:
@@ -65,14 +64,12 @@ class Layout:
     """
 
     def __init__(self, skeleton: PyTree) -> None:
-        self.treedef: Any
-        parts, self.treedef = jax.tree_util.tree_flatten_with_path(skeleton, is_leaf=is_path_tree)
-        self.parts = {keystr(path): part for path, part in parts}
+        self.treedef: PyTreeDef = jax.tree.structure(skeleton, is_leaf=is_path_tree)
+        self.parts = {keystr(path): part for path, part in jax.tree.leaves_with_path(skeleton, is_leaf=is_path_tree)}
 
     def split(self, state: PyTree) -> Iterator[tuple[str, PyTree, PyTree]]:
         """Yield the name, the shapes and the value of each part of a state."""
-        values = self.treedef.flatten_up_to(state)
-        return zip(self.parts, self.parts.values(), values, strict=True)
+        return zip(self.parts, self.parts.values(), self.treedef.flatten_up_to(state), strict=True)
 
     def encode(self, state: PyTree, specs: Specs) -> dict[str, Json]:
         """Write a state as `{part: array or {path: array}}`."""
@@ -101,11 +98,7 @@ class Layout:
 
     def rehang(self, state: PyTree, old: Specs, new: Specs) -> PyTree:
         """Move a state from one container of the same parameters to another."""
-
-        def move(tree: PyTree) -> PyTree:
-            return new.tree(dict(zip(old.paths, old.leaves_of(tree), strict=True)))
-
-        return self.map_shaped(move, state)
+        return self.map_shaped(lambda tree: new.tree(dict(zip(old.paths, old.leaves_of(tree), strict=True))), state)
 
     def map_shaped(self, function: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
         """Apply a function to each part of a state that is shaped like the parameters."""

@@ -19,8 +19,6 @@ from functional_optimodules.wire.arrays import decode_array, encode_array
 from functional_optimodules.wire.layout import decode_tree, encode_tree
 from functional_optimodules.wire.paths import Spec, Specs, specs_from_json
 
-_KEYS = ("aux_name", "sender", "params", "variables")
-
 
 def encode_message(aux: AuxVar, aux_name: str, specs: Specs) -> dict[str, Json]:
     """Write auxiliary variables as a message."""
@@ -61,13 +59,9 @@ def open_envelopes(payload: Json, aux_name: str, receives: type[AuxVar] | None, 
     if receives is None:
         raise NotImplementedError(f"{owner}: {aux_name!r} sends auxiliary variables, and receives none")
     if not issubclass(receives, FromClients):
-        what = f"{owner}: what was received for {aux_name!r}"
-        return [_open(payload, None, aux_name, receives, what)]
+        return [_open(payload, None, aux_name, receives, f"{owner}: what was received for {aux_name!r}")]
     if not isinstance(payload, Mapping) or "aux_name" in payload:
-        raise TypeError(
-            f"{owner}: a server takes messages for {aux_name!r} keyed by client, not {type(payload).__name__} "
-            "of another form"
-        )
+        raise TypeError(f"{owner}: messages for {aux_name!r} are keyed by client, not a bare {type(payload).__name__}")
     if not payload:
         raise ValueError(f"{owner}: there is no client's message for {aux_name!r}")
     for client in payload:
@@ -82,7 +76,7 @@ def _open(message: Json, client: str | None, aux_name: str, receives: type[AuxVa
         raise TypeError(f"{what} should be a message, as `collect_aux_var` gives, not {type(message).__name__}")
     if "per_client" in message:
         raise TypeError(f"{what} holds one message for each client: hand each its own, message['per_client'][client]")
-    require_keys(message, _KEYS, what)
+    require_keys(message, ("aux_name", "sender", "params", "variables"), what)
     if message["aux_name"] != aux_name:
         raise ValueError(f"{what} is for {message['aux_name']!r}, not for {aux_name!r}")
     if message["sender"] != receives.sender:
@@ -103,9 +97,8 @@ def decode_message(envelope: Envelope, specs: Specs) -> AuxVar:
         raise TypeError(f"{what}: 'variables' should be a mapping, not {type(payload).__name__}")
     fields = envelope.receives.variables()
     require_keys(payload, fields, what, "variable")
-    return envelope.receives(
-        **{name: _decode(payload[name], each, specs, f"{what}, variable {name!r}") for name, each in fields.items()}
-    )
+    values = {name: _decode(payload[name], each, specs, f"{what}, variable {name!r}") for name, each in fields.items()}
+    return envelope.receives(**values)
 
 
 def _decode(payload: Json, variable: Variable, specs: Specs, what: str) -> PyTree:
@@ -122,9 +115,7 @@ def _decode(payload: Json, variable: Variable, specs: Specs, what: str) -> PyTre
 def _decode_leaf(payload: Json, like: Spec | None, what: str) -> jax.Array:
     if not isinstance(payload, Mapping) or "dtype" not in payload:
         raise TypeError(f"{what} should be an array, not {type(payload).__name__}")
-    if like is not None and payload.get("shape") != list(like.shape):
-        raise ValueError(f"{what} has shape {payload.get('shape')!r}: expected {list(like.shape)}")
-    array = decode_array(payload, what)
+    array = decode_array(payload, what, None if like is None else like.shape)
     if like is not None and not _fits(array, like):
         raise TypeError(f"{what} has dtype {array.dtype}: expected numbers, as {like.dtype}")
     if jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(np.asarray(array)).all():

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import DictKey, PyTreeDef
 
 from functional_optimodules.types import Json, Leaf, PyTree
@@ -36,7 +37,6 @@ jax.tree_util.register_pytree_with_keys(
     PathTree,
     lambda tree: ([(DictKey(path), tree[path]) for path in sorted(tree)], tuple(sorted(tree))),
     lambda paths, leaves: PathTree(zip(paths, leaves, strict=True)),
-    flatten_func=lambda tree: ([tree[path] for path in sorted(tree)], tuple(sorted(tree))),
 )
 
 
@@ -50,17 +50,13 @@ def keystr(path: Iterable[object]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def _variable() -> type | tuple[()]:
-    """Return the class that `flax.nnx` wraps leaves in; a tree can only hold such if it was imported."""
-    nnx = sys.modules.get("flax.nnx")
-    return () if nnx is None else nnx.Variable
-
-
 def unwrapped(tree: PyTree) -> PyTree:
     """Return a tree without the wrappers that `flax.nnx` puts around leaves."""
-    wrapper = _variable()
-    is_wrapper: Callable[[object], bool] = lambda node: isinstance(node, wrapper)  # noqa: E731
-    return jax.tree.map(lambda node: jax.tree.leaves(node)[0] if is_wrapper(node) else node, tree, is_leaf=is_wrapper)
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:  # a tree can only hold such if it was imported
+        return tree
+    is_wrapper: Callable[[object], bool] = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+    return jax.tree.map(lambda node: node.get_raw_value() if is_wrapper(node) else node, tree, is_leaf=is_wrapper)
 
 
 def leaf_paths(tree: PyTree) -> list[str]:
@@ -71,19 +67,10 @@ def leaf_paths(tree: PyTree) -> list[str]:
     Raises:
       ValueError: if two paths would be written alike.
     """
-    wrapper = _variable()
-    paths = []
-    for path, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, wrapper))[0]:
-        if isinstance(node, wrapper):
-            inner = jax.tree_util.tree_flatten_with_path(node)[0]
-            paths += [keystr((*path, *rest[1:])) for rest, _ in inner]
-        else:
-            paths.append(keystr(path))
+    paths = [keystr(path) for path, _ in jax.tree.leaves_with_path(unwrapped(tree))]
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(
-            f"two parameters have the path {twice!r}: rename one, for states and messages to tell them apart"
-        )
+        raise ValueError(f"two parameters have the path {twice!r}: rename one, for messages to tell them apart")
     return paths
 
 
@@ -136,9 +123,7 @@ class Specs:
 
     def leaves_of(self, tree: PyTree) -> list[PyTree]:
         """Return the leaves of a tree in this container, in the order of `paths`."""
-        treedef: Any = self.treedef
-        leaves: list[PyTree] = treedef.flatten_up_to(tree)
-        return leaves
+        return self.treedef.flatten_up_to(tree)
 
     def to_json(self) -> dict[str, PyTree]:
         """Write the specs as `{path: {"dtype": ..., "shape": [...]}}`."""
@@ -158,29 +143,23 @@ class Specs:
             if show(mine[path]) != show(theirs[path]):
                 raise ValueError(f"{what} has {show(theirs[path])} at {path!r}: expected {show(mine[path])}")
 
-    def _batched(self, leaves: list[jax.Array]) -> bool:
-        return len({leaf.shape[:1] for leaf in leaves}) == 1 and all(
-            leaf.ndim == len(spec.shape) + 1 and leaf.shape[1:] == spec.shape
-            for leaf, spec in zip(leaves, self.leaves, strict=True)
-        )
-
     def require_tree(self, tree: PyTree, what: str) -> None:
         """Raise a `ValueError` if a tree's container or leaves differ from these specs."""
         leaves, treedef = jax.tree.flatten(tree)
-        if treedef == self.treedef and all(
-            leaf.shape == spec.shape and leaf.dtype == spec.dtype
-            for leaf, spec in zip(leaves, self.leaves, strict=True)
-        ):
+        alike = treedef == self.treedef
+        pairs = list(zip(leaves, self.leaves, strict=True)) if alike else []
+        if alike and all(leaf.shape == spec.shape and leaf.dtype == spec.dtype for leaf, spec in pairs):
             return
         try:
             self.require_same(Specs.of(tree), what)
         except ValueError as error:
-            if treedef == self.treedef and self._batched(leaves):
-                raise ValueError(
-                    f"{error}. Every leaf has a leading axis of {leaves[0].shape[0]}: of gradients of each example "
-                    "give the mean, or map the pure `update` over them by `jax.vmap`"
-                ) from None
-            raise
+            batch = pairs[0][0].shape[:1] if pairs else ()
+            if not batch or any(leaf.shape != (*batch, *spec.shape) for leaf, spec in pairs):
+                raise
+            raise ValueError(
+                f"{error}. Every leaf has a leading axis of {batch[0]}: of gradients of each example give the mean, or "
+                "map the pure `update` over them by `jax.vmap`"
+            ) from None
         raise ValueError(f"{what} is in another container than before: {treedef}, expected {self.treedef}")
 
 
@@ -211,9 +190,8 @@ def specs_from_json(payload: Json, what: str) -> Specs:
     for path, spec in payload.items():
         if not isinstance(spec, Mapping) or set(spec) != {"dtype", "shape"}:
             raise ValueError(f"{what}: 'params' at {path!r} should have a dtype and a shape, not {spec!r}")
-        leaves[path] = Spec(
-            read_shape(spec["shape"], f"{what} at {path!r}"), read_dtype(spec["dtype"], f"{what} at {path!r}")
-        )
+        at = f"{what} at {path!r}"
+        leaves[path] = Spec(read_shape(spec["shape"], at), read_dtype(spec["dtype"], at))
     return Specs.of(leaves)
 
 
@@ -231,15 +209,15 @@ def read_shape(shape: Json, what: str) -> tuple[int, ...]:
     return tuple(shape)
 
 
+# NumPy would parse any other string as a description of records.
+_DTYPES = {one.dtype.name: one.dtype for one in vars(jnp).values() if isinstance(getattr(one, "dtype", 0), np.dtype)}
+
+
 def read_dtype(name: Json, what: str) -> Any:
     """Check the name of a dtype read from JSON."""
-    try:
-        # NumPy would parse any other string as a description of records.
-        dtype = jnp.dtype(name) if isinstance(name, str) and name in vars(jnp) else None
-    except TypeError:
-        dtype = None
-    if dtype is None or dtype.name != name:
+    if not isinstance(name, str) or name not in _DTYPES:
         raise ValueError(f"{what}: {name!r} is no dtype that JAX has")
+    dtype = _DTYPES[name]
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(f"{what}: {name} needs JAX's 64-bit mode: set jax_enable_x64")
     return dtype
