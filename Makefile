@@ -1,14 +1,20 @@
-# Everything is installed into .venv; both targets re-run quickly.
+# Everything is installed into .venv, and what the tests compile is kept in .jax_cache: targets re-run quickly.
 PYTHON ?= python3
 VENV ?= .venv
+# A worker that is done takes tests from another, and so compiles little that another has compiled.
+PYTEST = $(VENV)/bin/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test lint types clean
+.PHONY: demo test check lint types clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m functional_optimodules demo
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -n auto
+	$(PYTEST)
+
+# For the inner loop: lint, types, and the tests that are not marked as slow.
+check: lint types
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -23,4 +29,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) .jax_cache build dist

@@ -1,5 +1,66 @@
-"""What every test needs: JAX on the CPU, wherever the tests run."""
+"""What every test needs: JAX on the CPU, keys that are the same in each run, and cheap compilation.
 
+Compilation is most of what these tests cost, so there is less of it, in two ways.
+
+Programs are compiled quickly rather than well: LLVM does not optimize them, and XLA emits code for fusions in
+its older way, which is the cheaper one. That changes rounding and speed, and nothing that the tests are about.
+What looks at a compiled program, or runs for long, asks for the fixture `optimized`. To have all compiled as
+users have it, which takes twice the time, set other flags or none: `make test XLA_FLAGS=`.
+
+Compiled programs are kept in `.jax_cache` for the next run, for the other workers, and for processes that tests
+start. JAX finds them by the program, the options, and its own version and that of XLA.
+"""
+
+import importlib.metadata
 import os
+import random
+from pathlib import Path
+
+import pytest
+
+CHEAP = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+CACHE = Path(__file__).parents[1] / ".jax_cache"
+MOST_BYTES = 2**28
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# XLA ends the process over a flag that it does not know, so that only versions that were tried get them.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ.setdefault("XLA_FLAGS", CHEAP)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # JAX could bound the cache itself, but then looks at the whole folder at each program that it adds.
+    if not hasattr(config, "workerinput"):
+        total = 0
+        for size, path in newest_first(CACHE):
+            total += size
+            if total > MOST_BYTES:
+                path.unlink()
+
+
+def newest_first(folder: Path) -> list[tuple[int, Path]]:
+    stats = [(path.stat(), path) for path in folder.rglob("*-cache")]
+    return [(stat.st_size, path) for stat, path in sorted(stats, key=lambda each: -each[0].st_mtime)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # With the slow ones first, the workers end together.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True)
+def entropy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that would come from the operating system come from the name of the test."""
+    monkeypatch.setattr("secrets.randbits", random.Random(request.node.nodeid).getrandbits)
+
+
+@pytest.fixture
+def optimized(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool | int]:
+    """Return the compiler's options that users have, which processes that the test starts have too."""
+    if os.environ.get("XLA_FLAGS") != CHEAP:
+        return {}
+    monkeypatch.delenv("XLA_FLAGS")
+    return {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}

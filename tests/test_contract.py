@@ -9,7 +9,7 @@ from functional_optimodules import (
     list_optim_regularizers,
     list_rate_schedulers,
 )
-from functional_optimodules.testing import contract
+from functional_optimodules.testing import contract, instances
 
 PLUGINS = {**list_optim_modules(), **list_optim_regularizers(), **list_rate_schedulers()}
 
@@ -33,8 +33,12 @@ CHECKS = {
     for name, plugin in {**PLUGINS, "client-optimizer": CLIENT, "server-optimizer": SERVER}.items()
     for label, check in contract(plugin)
 }
+# One instance of each class is for the inner loop, with each check.
+OTHERS = {f"-{label}" for cls in PLUGINS.values() for label in list(instances(cls))[1:]}
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    "check", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith(tuple(OTHERS))) for name in CHECKS]
+)
 def test_plugin_keeps_the_contract(check):
     CHECKS[check]()

@@ -36,6 +36,7 @@ def short_demo(tmp_path_factory):
     return folder, run_demo(folder, steps=20, rounds=2)
 
 
+@pytest.mark.slow
 def test_short_demo_keeps_the_promise_of_resuming_and_no_accuracy(short_demo):
     _, promises = short_demo
     assert [promise.kept for promise in promises] == [False, False, True, False, False, True]
@@ -43,6 +44,7 @@ def test_short_demo_keeps_the_promise_of_resuming_and_no_accuracy(short_demo):
     assert "exchange text" in promises[5].what
 
 
+@pytest.mark.slow
 def test_short_demo_writes_a_picture_and_readable_files(short_demo):
     folder, _ = short_demo
     picture = (folder / "federated.png").read_bytes()
@@ -56,6 +58,7 @@ def test_short_demo_writes_a_picture_and_readable_files(short_demo):
         assert sorted(array.shape for array in weights.values()) == [(3, 3, 1, 32), (10,), (32,), (512, 10)]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_without_the_optimizers_state_is_noticed(images, tmp_path, monkeypatch):
     def load_without_state(paths):
         model, optimizer = load(paths)
@@ -105,6 +108,7 @@ def test_the_experiments_of_the_demo_differ_in_their_optimizers_only():
         assert keys <= {"client.regularizers", "client.modules", "server.modules"}
 
 
+@pytest.mark.slow
 def test_server_of_scaffold_learns_from_messages_that_are_text(scaffold):
     experiment, weights = scaffold.experiment, scaffold.init().params
     server = Server(json.dumps(experiment.server.get_config()), weights)
@@ -118,6 +122,7 @@ def test_server_of_scaffold_learns_from_messages_that_are_text(scaffold):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), server.weights, reply[0])
 
 
+@pytest.mark.slow
 def test_a_message_that_is_lost_takes_the_peers_away_from_the_simulation(scaffold, monkeypatch):
     monkeypatch.setattr(Server, "message", lambda self: "{}")
     assert exchange(scaffold, rounds=2).distance > 1e-3

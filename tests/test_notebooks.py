@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 import tokenize
 from pathlib import Path
@@ -43,10 +44,14 @@ def test_the_four_notebooks_are_there() -> None:
     assert [path.stem for path in NOTEBOOKS] == ["federated", "quickstart", "scaffold", "write_your_own"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @EACH
 def test_notebook_runs_without_errors_or_warnings(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    # Of a cache that others write to, JAX warns where it reads what they are writing.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(Path(os.environ["JAX_COMPILATION_CACHE_DIR"], path.stem)))
     notebook = read(path)
     for cell in code_cells(notebook):
         cell.outputs = []

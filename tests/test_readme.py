@@ -63,11 +63,13 @@ def run_document(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in DOCUMENTS if blocks("python", name)])
 def test_every_example_runs(name: str, run_document: Any) -> None:
     run_document(name)
 
 
+@pytest.mark.slow
 def test_what_the_readme_restores_is_what_it_saved(run_document: Any) -> None:
     names = run_document("README.md")
     tx, params = names["tx"], nnx.state(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), nnx.Param)
@@ -76,6 +78,7 @@ def test_what_the_readme_restores_is_what_it_saved(run_document: Any) -> None:
     assert tx.save(tx.init(params), params) != names["opt_state"]
 
 
+@pytest.mark.slow
 def test_the_brick_of_the_documents_keeps_the_contract(run_document: Any) -> None:
     checks = dict(contract(run_document("docs/bricks.md")["LionModule"](beta_1=0.8)))
     assert "check_resume_in_mid_round" in checks
@@ -95,6 +98,7 @@ def test_every_block_is_of_a_language_that_is_tested(name: str) -> None:
     assert set(opened) <= {"python", "console", "toml"}
 
 
+@pytest.mark.slow
 def test_the_experiments_run(tmp_path: Path) -> None:
     experiments = [(f"{Path(name).stem}-{line}", source) for name in DOCUMENTS for line, source in blocks("toml", name)]
     assert experiments

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from functional_optimodules.aux_var import Params
 from functional_optimodules.brick import Brick
 from functional_optimodules.packing.adapter import Adapter, adapted
 from functional_optimodules.packing.policy import pack
@@ -10,7 +9,7 @@ from functional_optimodules.packing.tree import unpack
 from functional_optimodules.testing.check import check
 from functional_optimodules.testing.exchange import received
 from functional_optimodules.testing.trees import assert_same, compiled_step, leaves_without_keys, parameters, randoms
-from functional_optimodules.types import PyTree
+from functional_optimodules.types import Params, PyTree
 
 
 @check(Brick, scope="field")

@@ -14,6 +14,7 @@ from functional_optimodules.testing.trees import (
     assert_same_specs,
     assert_untouched,
     compiled_step,
+    donating_step,
     parameters,
     randoms,
     stepped,
@@ -89,11 +90,10 @@ def _buffer(leaf: Any) -> int:
 def check_state_can_be_donated(brick: Brick) -> None:
     """A compiled step may donate the state, from the very first on, and the caller's arrays stay alive."""
     params = parameters()
-    step = jax.jit(brick.bare().update, donate_argnums=1)
     state, updates = brick.init(params), randoms(params, 1)
-    expected, _ = stepped(brick, jax.tree.map(jnp.copy, state), params, (1, 1))
+    expected, _ = stepped(brick, state, params, (1, 1))
     for output in expected:
-        found, state = step(updates, state, params)
+        found, state = donating_step(brick.bare(), updates, state, params)
         assert_same(found, output, "a donated state gives other updates", close=True)
     for leaf in jax.tree.leaves((updates, params)):
         assert not leaf.is_deleted(), "donating the state deletes arrays of the caller: copy what `init` keeps"
@@ -118,19 +118,23 @@ def check_half_precision_accumulates_wide(brick: Brick) -> None:
     updates = {"w": jnp.full(300, 256, jnp.float16)}  # the sum of squares is beyond float16
     first = state = brick.init(params[0])
     exact = jax.tree.map(lambda new, old: old if is_key(old) else new, brick.init(_exact(params[0])), state)
+    # Noise brings a few of the values so near to a jump, such as a sign's, that rounding takes them across.
+    across = 0.03 if any(map(is_key, jax.tree.leaves(state))) else 0
     for param in params:
         output, state = compiled_step(brick.bare(), updates, state, param)
         wanted, exact = compiled_step(brick.bare(), _exact(updates), exact, _exact(param))
         found, expected = to_numpy(output["w"]).astype(float), to_numpy(wanted["w"].astype(jnp.float16)).astype(float)
-        assert np.allclose(found, expected, rtol=0.02, atol=0.002 * np.abs(expected).max(), equal_nan=True), (
-            f"float16 updates give {found[:3]} where float32 gives {expected[:3]}: compute in `core.numerics.wide`"
+        close = np.isclose(found, expected, rtol=0.02, atol=0.002 * np.abs(expected).max(), equal_nan=True)
+        assert (~close).mean() <= across, (
+            f"float16 updates give {found[~close][:3]} where float32 gives {expected[~close][:3]}: compute in "
+            "`numerics.wide`"
         )
     given = [to_numpy(leaf) for leaf in jax.tree.leaves((first, params, updates))]
     for path, leaf in _paths(state):
         if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4:
             assert any(np.array_equal(to_numpy(leaf), each) for each in given), (
                 f"the state accumulates in {leaf.dtype} at {jax.tree_util.keystr(path)}: make it with "
-                "`core.numerics.zeros_wide`"
+                "`numerics.zeros_wide`"
             )
 
 
@@ -152,5 +156,5 @@ def check_gradient_at_zero_is_finite(brick: Brick) -> None:
     found = jax.jit(jax.value_and_grad(total))(jax.tree.map(jnp.zeros_like, params))
     for leaf in jax.tree.leaves(found):
         assert np.isfinite(leaf).all(), (
-            f"updates of zero give {found}: take roots by `core.numerics.safe_sqrt`, and do not divide by 0"
+            f"updates of zero give {found}: take roots by `numerics.safe_sqrt`, and do not divide by 0"
         )

@@ -13,6 +13,7 @@ from flax.core import FrozenDict
 
 from functional_optimodules.brick import Brick
 from functional_optimodules.optimizer import Optimizer
+from functional_optimodules.packing.adapter import Adapter
 from functional_optimodules.random.keys import is_key
 from functional_optimodules.types import HostArray, Leaf, PyTree
 from functional_optimodules.wire.paths import keystr
@@ -58,10 +59,15 @@ def randoms(like: PyTree, seed: int) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.asarray(generator.standard_normal(leaf.shape), leaf.dtype), like)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def compiled_step(brick: Brick, updates: PyTree, state: PyTree, params: PyTree) -> PyTree:
-    """Run a brick's `update`; the checks of a brick share its compilation."""
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def donating_step(brick: Brick | Adapter, updates: PyTree, state: PyTree, params: PyTree) -> PyTree:
+    """Run a brick's `update`, which may write over the state; the checks of a brick share its compilation."""
     return brick.update(updates, state, params)
+
+
+def compiled_step(brick: Brick | Adapter, updates: PyTree, state: PyTree, params: PyTree) -> PyTree:
+    """Run a brick's `update`, compiled, and leave the state alone."""
+    return donating_step(brick, updates, jax.tree.map(jnp.copy, state), params)
 
 
 def stepped(brick: Brick, state: PyTree, params: PyTree, seeds: Iterable[int]) -> tuple[list[PyTree], PyTree]:

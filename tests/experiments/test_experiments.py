@@ -65,6 +65,7 @@ def change(path: Path, old: str, new: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_leaves_history_curves_and_state(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = experiment.parent / "out"
     assert main(["run", str(experiment), "--output", str(output)]) == 0
@@ -78,6 +79,7 @@ def test_a_run_leaves_history_curves_and_state(experiment: Path, capsys: pytest.
     assert f"{history['accuracy'][-1]:.4f} after 5 rounds" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_is_resumed_with_identical_results(
     experiment: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +101,7 @@ def test_a_run_that_was_cut_off_is_resumed_with_identical_results(
     assert (cut / "history.csv").read_text() == (whole / "history.csv").read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_overwritten_but_may_be_continued(experiment: Path) -> None:
     output = experiment.parent / "out"
     running.run_experiment(experiment, output, progress=False)
@@ -132,6 +135,7 @@ def archive(experiment: Path, **change: Any) -> Path:
     return experiment
 
 
+@pytest.mark.slow
 def test_data_come_from_an_archive_by_natural_clients(experiment: Path) -> None:
     history = running.run_experiment(archive(experiment), experiment.parent / "out", progress=False)
     assert len(history["round"]) == 5

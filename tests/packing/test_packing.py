@@ -102,14 +102,14 @@ def hessian_times_ones(tree):
     return jax.jvp(jax.grad(loss), (tree,), (jax.tree.map(jnp.ones_like, tree),))[1]
 
 
-@pytest.mark.parametrize("count", [3, 50])
+@pytest.mark.parametrize("count", [3, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("derivative", [jax.grad(loss), hessian_times_ones])
-def test_the_gradient_of_unpacking_is_one_concatenation_and_no_padding(count, derivative):
+def test_the_gradient_of_unpacking_is_one_concatenation_and_no_padding(count, derivative, optimized):
     tree = fo.pack(layers(count))
     names = list(primitives(jax.make_jaxpr(derivative)(tree).jaxpr))
     assert names.count("concatenate") == (1 if derivative is not hessian_times_ones else 2)
     assert "pad" not in names
-    text = jax.jit(derivative).lower(tree).compile().as_text()
+    text = jax.jit(derivative).lower(tree).compile(optimized).as_text()
     assert " pad(" not in text
     expected = derivative(layers(count))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), fo.unpack(derivative(tree)), expected)
@@ -125,19 +125,20 @@ def test_the_forward_derivative_of_unpacking_is_one_split():
     jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 1), tangent)
 
 
-def compiled_text(function, *args):
-    return re.sub(r", metadata=\{[^}]*\}", "", jax.jit(function).lower(*args).compile().as_text())
+def compiled_text(options, function, *args):
+    return re.sub(r", metadata=\{[^}]*\}", "", jax.jit(function).lower(*args).compile(options).as_text())
 
 
-def test_slices_of_one_size_share_a_kernel():
-    text = compiled_text(fo.unpack, fo.pack({f"{i:03d}": jnp.eye(8) for i in range(200)}))
+def test_slices_of_one_size_share_a_kernel(optimized):
+    text = compiled_text(optimized, fo.unpack, fo.pack({f"{i:03d}": jnp.eye(8) for i in range(200)}))
     bodies = re.findall(r"^%(?:fused|wrapped)_computation.*?^}", text, re.MULTILINE | re.DOTALL)
     assert len(bodies) >= 200
     assert len({re.sub(r"%[\w.-]+|\w+\.\d+|param_\d+", "", body) for body in bodies}) < 5
 
 
-def test_a_packed_model_of_many_layers_is_a_smaller_program_than_with_optax():
-    params, x = {f"{i:03d}": jnp.eye(8) for i in range(200)}, jnp.ones((4, 8))
+@pytest.mark.slow
+def test_a_packed_model_of_many_layers_is_a_smaller_program_than_with_optax(optimized):
+    params, x = {f"{i:03d}": jnp.eye(8) for i in range(100)}, jnp.ones((4, 8))
 
     def model(params):
         y = x
@@ -156,8 +157,8 @@ def test_a_packed_model_of_many_layers_is_a_smaller_program_than_with_optax():
     transform = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
     optimizer = fo.Optimizer(1e-3, modules=["l2-global-clipping", "adam"])
     tree = fo.pack(params)
-    ours = compiled_text(with_packing, tree, optimizer.init(tree))
-    theirs = compiled_text(with_optax, params, transform.init(params))
+    ours = compiled_text(optimized, with_packing, tree, optimizer.init(tree))
+    theirs = compiled_text(optimized, with_optax, params, transform.init(params))
     assert ours.count(" = ") < theirs.count(" = ") / 2
 
 

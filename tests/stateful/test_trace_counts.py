@@ -178,12 +178,20 @@ def state_of(brick):
     return [weakref.ref(leaf) for leaf in jax.tree.leaves(brick._session.memory.state)]
 
 
-def alive(references):
-    gc.collect()
-    return [reference for reference in references if reference() is not None]
+@pytest.fixture
+def alive():
+    """Return a function that says which references are alive, to objects that are younger than the test."""
+
+    def still(references):
+        gc.collect()
+        return [reference for reference in references if reference() is not None]
+
+    gc.freeze()  # what is older is not searched, which would take half a second each time
+    yield still
+    gc.unfreeze()
 
 
-def test_a_facade_keeps_its_own_state_alive():
+def test_a_facade_keeps_its_own_state_alive(alive):
     brick = AdamModule()
     brick.run(PARAMS)
     references = state_of(brick)
@@ -192,7 +200,7 @@ def test_a_facade_keeps_its_own_state_alive():
 
 
 @pytest.mark.parametrize("make", [AdamModule, lambda: Optimizer(0.1, modules=["momentum", "scaffold-client"])])
-def test_no_cache_keeps_the_state_of_a_facade_that_is_gone(make):
+def test_no_cache_keeps_the_state_of_a_facade_that_is_gone(make, alive):
     brick = make()
     brick.setup(PARAMS)
     brick.on_round_start()
@@ -204,7 +212,7 @@ def test_no_cache_keeps_the_state_of_a_facade_that_is_gone(make):
     assert alive(references) == []
 
 
-def test_no_cache_keeps_the_gradients_of_a_step():
+def test_no_cache_keeps_the_gradients_of_a_step(alive):
     brick, updates = AdamModule(), gradients(1)
     output = brick.run(updates, PARAMS)
     references = [weakref.ref(leaf) for leaf in jax.tree.leaves((updates, output))]
@@ -212,7 +220,7 @@ def test_no_cache_keeps_the_gradients_of_a_step():
     assert alive(references) == []
 
 
-def test_what_is_made_of_a_facade_that_has_run_does_not_keep_its_state():
+def test_what_is_made_of_a_facade_that_has_run_does_not_keep_its_state(alive):
     brick = MomentumModule()
     brick.run(PARAMS)
     references = [*state_of(brick), weakref.ref(brick._session)]
@@ -225,7 +233,7 @@ def test_what_is_made_of_a_facade_that_has_run_does_not_keep_its_state():
     assert alive(references) == []
 
 
-def test_reset_lets_go_of_the_state():
+def test_reset_lets_go_of_the_state(alive):
     brick = MomentumModule()
     brick.run(PARAMS)
     references = state_of(brick)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from functional_optimodules import OptiModule, Regularizer, hyperparameter
-from functional_optimodules.numerics import zeros_wide
+from functional_optimodules.numerics import wide, zeros_wide
 
 
 class State(NamedTuple):
@@ -115,6 +115,27 @@ class NarrowNorm(Sum, register=False):
     def update(self, updates, state, params=None, **extra_args):
         norm = optax.tree.norm(updates)
         return jax.tree.map(lambda g: jnp.where(norm > 1, g / norm, g).astype(g.dtype), updates), state
+
+
+class NoiseBeforeASign(Kept, register=False):
+    """Right: of what the noise adds, one value lies where float16 rounds it onto the jump."""
+
+    name: ClassVar[str] = "noise-before-a-sign"
+
+    def init(self, params):
+        return State(jax.random.key(0))
+
+    def update(self, updates, state, params=None, **extra_args):
+        return jax.tree.map(lambda g: jnp.sign(self.noisy(g) - 256), updates), state
+
+    def noisy(self, updates):
+        noise = jnp.full(updates.size, 8.0).at[:1].set(0.01).reshape(updates.shape)
+        return (wide(updates) + noise).astype(updates.dtype)
+
+
+class NarrowAndNoisy(NoiseBeforeASign, register=False):
+    def update(self, updates, state, params=None, **extra_args):
+        return jax.tree.map(lambda g: self.noisy(g) / optax.tree.norm(updates).astype(g.dtype), updates), state
 
 
 class RootAtZero(Sum, register=False):

@@ -1,6 +1,7 @@
 """The JSON encoding: bit by bit for every dtype, and mutilated payloads refused with nothing changed."""
 
 import copy
+import functools
 import json
 import re
 import tracemalloc
@@ -21,7 +22,7 @@ from functional_optimodules.wire.arrays import decode_array, encode_array
 from functional_optimodules.wire.layout import decode_tree, encode_tree
 from functional_optimodules.wire.paths import Specs, specs_from_json
 
-quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 NARROW = ("int2", "uint2", "int4", "uint4", "float4_e2m1fn")
 FLOATS = tuple(
@@ -82,6 +83,7 @@ def key_of(generator: str, seed: int, shape: tuple[int, ...]) -> jax.Array:
 KEYS = st.builds(key_of, st.sampled_from(GENERATORS), st.integers(0, 99), SHAPES)
 
 
+@pytest.mark.slow
 @quick
 @given(st.one_of(arrays(), KEYS))
 def test_any_array_comes_back_bit_by_bit(array: jax.Array) -> None:
@@ -179,6 +181,7 @@ TREES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @quick
 @given(TREES)
 def test_any_tree_comes_back_in_its_container(tree: Any) -> None:
@@ -190,6 +193,7 @@ def test_any_tree_comes_back_in_its_container(tree: Any) -> None:
     assert specs_from_json(read_back(specs.to_json()), "specs").by_path == specs.by_path
 
 
+@pytest.mark.slow
 @quick
 @given(st.dictionaries(NAMES, arrays(("float32", "bfloat16", "float16")), max_size=3))
 def test_any_state_comes_back_bit_by_bit_into_a_new_facade(params: Any) -> None:
@@ -265,12 +269,17 @@ def server() -> fo.ScaffoldServerModule:
     return fo.ScaffoldServerModule()
 
 
+@functools.cache
+def message() -> Any:
+    client = fo.ScaffoldClientModule()
+    client.run(PARAMS)
+    return client.collect_aux_var()
+
+
 def saved_of(brick: Any) -> Any:
     ran(brick, PARAMS, PARAMS)
     if isinstance(brick, fo.ScaffoldServerModule):
-        client = fo.ScaffoldClientModule()
-        client.run(PARAMS)
-        brick.process_aux_var({"ann": client.collect_aux_var(), "bob": client.collect_aux_var()})
+        brick.process_aux_var({"ann": message(), "bob": message()})
     else:
         brick.collect_aux_var()
     return brick.get_state()
@@ -281,18 +290,21 @@ def unborn(brick: Any) -> Any:
     return brick.get_state()
 
 
-SAVED = [(composite, saved_of(composite())), (server, saved_of(server())), (composite, unborn(composite()))]
+@functools.cache
+def states() -> list[tuple[Callable[[], Any], Any]]:
+    return [(composite, saved_of(composite())), (server, saved_of(server())), (composite, unborn(composite()))]
 
 
+@pytest.mark.slow
 @settings(parent=quick, max_examples=300)
-@given(st.data(), st.sampled_from(SAVED), st.booleans())
+@given(st.data(), st.deferred(lambda: st.sampled_from(states())), st.booleans())
 def test_a_mutilated_state_is_a_clear_error_and_changes_nothing_or_is_a_state(
-    data: Any, saved: tuple[Callable[[], Any], Any], born: bool
+    data: Any, example: tuple[Callable[[], Any], Any], born: bool
 ) -> None:
-    make, good = saved
+    make, good = example
     brick = make()
     if born:
-        brick.set_state(SAVED[0][1] if make is composite else good)
+        brick.set_state(states()[0][1] if make is composite else good)
     before, payload = brick.get_state(), data.draw(mutilations(good))
     try:
         brick.set_state(payload)
@@ -308,21 +320,12 @@ def test_a_mutilated_state_is_a_clear_error_and_changes_nothing_or_is_a_state(
         assert again.get_state() == brick.get_state()
 
 
-def message() -> Any:
-    client = fo.ScaffoldClientModule()
-    client.run(PARAMS)
-    return client.collect_aux_var()
-
-
-MESSAGE = message()
-
-
 @settings(parent=quick, max_examples=200)
-@given(mutilations(MESSAGE), st.booleans())
+@given(st.deferred(lambda: mutilations(message())), st.booleans())
 def test_a_mutilated_message_is_a_clear_error_and_changes_nothing_or_is_a_message(payload: Any, born: bool) -> None:
     brick = server()
     if born:
-        brick.set_state(SAVED[1][1])
+        brick.set_state(states()[1][1])
     before = brick.get_state()
     try:
         brick.process_aux_var({"eve": payload})
@@ -330,7 +333,7 @@ def test_a_mutilated_message_is_a_clear_error_and_changes_nothing_or_is_a_messag
         error = str(refusal)
         assert "eve" in error
         assert brick.get_state() == before
-        brick.process_aux_var({"ann": MESSAGE})
+        brick.process_aux_var({"ann": message()})
     for variate in jax.tree.leaves(brick.state.total):
         assert np.isfinite(np.asarray(variate)).all()
 
