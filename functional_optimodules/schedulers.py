@@ -30,6 +30,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -38,7 +39,7 @@ from functional_optimodules.contract import Contract
 from functional_optimodules.numerics import power, real, where
 from functional_optimodules.stateful.facade import CONFIG, Stateful
 from functional_optimodules.stateful.session import Session
-from functional_optimodules.types import Json, Params, PyTree, Updates
+from functional_optimodules.types import HostArray, Json, Params, PyTree, Updates
 
 
 class Clock(NamedTuple):
@@ -120,8 +121,8 @@ class Scheduler(Stateful, kind="scheduler"):
 _STATE_KEYS = ("name", "variables")
 
 
-def _rate() -> jax.Array:
-    return jnp.zeros(())
+def _rate() -> HostArray:
+    return np.zeros((), jnp.result_type(float))
 
 
 class _Ticking(Contract, register=False):

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self, dataclass_transform
 
-from functional_optimodules.config.fields import Configured, hyperparameter, nearest
+from functional_optimodules.config.fields import Configured, field_types, hyperparameter, nearest
 from functional_optimodules.types import Json
 
 
@@ -64,7 +64,10 @@ class Plugin(Configured):
 
     def bare(self) -> Self:
         """Return an equal plug-in that has no facade's state."""
-        return dataclasses.replace(self)
+        twin = object.__new__(type(self))  # and not a new one, whose fields would be read and checked again
+        for name in field_types(type(self)):
+            object.__setattr__(twin, name, getattr(self, name))
+        return twin
 
 
 def _refuse_overrides(cls: type[Plugin]) -> None:
