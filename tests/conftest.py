@@ -2,13 +2,14 @@
 
 Compilation is most of what these tests cost, so there is less of it, in two ways.
 
-Programs are compiled quickly rather than well: LLVM does not optimize them, and XLA emits code for fusions in
-its older way, which is the cheaper one. That changes rounding and speed, and nothing that the tests are about.
-What looks at a compiled program, or runs for long, asks for the fixture `optimized`. To have all compiled as
-users have it, which takes twice the time, set other flags or none: `make test XLA_FLAGS=`.
+Programs are compiled quickly rather than well: LLVM does not optimize them, and XLA emits the code of fusions in
+its older, cheaper way. They run slower than what users get and round a little differently, and two of them agree to
+the last bit more often; what is traced, donated and kept is the same. What looks at the text or the memory of a
+compiled program, or runs for long, asks for the fixture `optimized`. `make test XLA_FLAGS=` compiles everything
+as users have it, in twice the time.
 
-Compiled programs are kept in `.jax_cache` for the next run, for the other workers, and for processes that tests
-start. JAX finds them by the program, the options, and its own version and that of XLA.
+Compiled programs are kept in `.jax_cache` for the next run, for the other workers, and for the processes that
+tests start. JAX finds them by the program, the options, its own version and XLA's.
 """
 
 import importlib.metadata
@@ -22,9 +23,9 @@ CHEAP = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 CACHE = Path(__file__).parents[1] / ".jax_cache"
 MOST_BYTES = 2**28
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+platform = os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # XLA ends the process over a flag that it does not know, so that only versions that were tried get them.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
+if platform == "cpu" and importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", CHEAP)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -32,18 +33,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # JAX could bound the cache itself, but then looks at the whole folder at each program that it adds.
+    # JAX could bound the cache itself, but would list the whole folder for each program that it adds.
     if not hasattr(config, "workerinput"):
         total = 0
-        for size, path in newest_first(CACHE):
-            total += size
+        for path in sorted(CACHE.rglob("*-cache"), key=lambda path: path.stat().st_mtime, reverse=True):
+            total += path.stat().st_size
             if total > MOST_BYTES:
-                path.unlink()
-
-
-def newest_first(folder: Path) -> list[tuple[int, Path]]:
-    stats = [(path.stat(), path) for path in folder.rglob("*-cache")]
-    return [(stat.st_size, path) for stat, path in sorted(stats, key=lambda each: -each[0].st_mtime)]
+                path.unlink(missing_ok=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

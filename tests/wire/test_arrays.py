@@ -320,6 +320,7 @@ def test_a_mutilated_state_is_a_clear_error_and_changes_nothing_or_is_a_state(
         assert again.get_state() == brick.get_state()
 
 
+@pytest.mark.slow
 @settings(parent=quick, max_examples=200)
 @given(st.deferred(lambda: mutilations(message())), st.booleans())
 def test_a_mutilated_message_is_a_clear_error_and_changes_nothing_or_is_a_message(payload: Any, born: bool) -> None:
