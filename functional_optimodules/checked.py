@@ -73,7 +73,8 @@ def require_like(brick: object, method: str, what: str, new: PyTree, old: PyTree
 
 
 def _spec(leaf: Any) -> Any:
-    spec = leaf if hasattr(leaf, "dtype") else jax.eval_shape(jnp.asarray, leaf)
+    # What is no array of JAX's has the dtype that JAX would give it.
+    spec = leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else jax.eval_shape(jnp.asarray, leaf)
     return spec.shape, spec.dtype
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Generic
 
 import jax
 
-from functional_optimodules.aux_var import AuxVar, FromClients
+from functional_optimodules.aux_var import AuxVar, FromClients, FromServer
 from functional_optimodules.config.plugin import Plugin
 from functional_optimodules.dependence import params_within, reads_values
 from functional_optimodules.random.keys import is_key
@@ -144,8 +144,9 @@ class Contract(Plugin, Generic[State], kind="contract"):
         return getattr(self, "num_clients", None)
 
     def serves(self) -> bool:
-        """Whether it is a server's: it receives what clients send."""
-        return any(each.receives and issubclass(each.receives, FromClients) for each in self.channels().values())
+        """Whether it is a server's: it receives what clients send, or sends what servers do."""
+        pairs = [(each.sends or AuxVar, each.receives or AuxVar) for each in self.channels().values()]
+        return any(issubclass(sends, FromServer) or issubclass(receives, FromClients) for sends, receives in pairs)
 
 
 def _refuse_optional_arguments(cls: type[Contract]) -> None:

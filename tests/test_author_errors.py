@@ -271,3 +271,10 @@ def test_gradients_of_each_example_are_refused_with_a_hint():
     optimizer.apply_gradients(tree, tree)
     with pytest.raises(ValueError, match=r"leading axis of 5: of gradients of each example give the mean.*jax.vmap"):
         optimizer.apply_gradients(tree, jax.tree.map(lambda leaf: jnp.ones((5, *leaf.shape)), tree))
+
+
+def test_arrays_of_numpy_in_pure_code_count_as_jax_would_take_them():
+    optimizer, tree = fo.Optimizer(0.1, modules=["adam"]), params(2)
+    doubles = jax.tree.map(lambda leaf: np.ones(leaf.shape), tree)
+    updates, _ = optimizer.update(doubles, optimizer.init(tree), tree)
+    np.testing.assert_allclose(updates["00"], np.full(3, -0.1), rtol=1e-5)

@@ -19,6 +19,8 @@ import optax
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import FrozenConfig, hyperparameter, nearest
 from functional_optimodules.numerics import cast_like, wide
+from functional_optimodules.packing.adapter import Unpacks
+from functional_optimodules.packing.tree import unpack
 from functional_optimodules.types import Json, Params, PyTree, Updates
 from functional_optimodules.wire.paths import keystr, leaf_paths
 
@@ -88,14 +90,14 @@ class OptaxModule(OptiModule[OptaxState]):
 
     def init(self, params: Params) -> OptaxState:
         with jax.numpy_dtype_promotion("standard"):  # many of optax's own lines need it
-            inner = _build(self.transform, self.config)[0].init(jax.tree.map(wide, params))
+            inner = _build(self.transform, self.config)[0].init(jax.tree.map(wide, unpack(params)))
         return OptaxState(jax.tree.map(jnp.array, inner))
 
     def update(
         self, updates: Updates, state: OptaxState, params: Params = None, **extra_args: PyTree
     ) -> tuple[Updates, OptaxState]:
         transform, sign = _build(self.transform, self.config)
-        exact = jax.tree.map(wide, (updates, params))
+        exact = jax.tree.map(wide, unpack((updates, params)))
         try:
             with jax.numpy_dtype_promotion("standard"):
                 output, inner = transform.update(exact[0], state.inner, exact[1], **extra_args)
@@ -106,8 +108,8 @@ class OptaxModule(OptiModule[OptaxState]):
                     "second argument of `run(gradients, params)`"
                 ) from error
             raise
-        output = cast_like(output, updates)
-        return (output if sign == 1 else jax.tree.map(jnp.negative, output)), OptaxState(inner)
+        output = cast_like(output if sign == 1 else jax.tree.map(jnp.negative, output), unpack(updates))
+        return Unpacks(self).free(output, updates), OptaxState(inner)
 
 
 @functools.lru_cache(maxsize=512)

@@ -85,7 +85,7 @@ class Adapter(Generic[State]):
         """Take a step, and return the new parameters, in the form of those given."""
         held = self.hold(params)
         updates, new = self.update(gradients, state, held, **extra_args)
-        return self.free(optax.apply_updates(held, updates), params), new
+        return self.free(optax.apply_updates(held, self.hold(updates)), params), new
 
     def begin_round(self, state: State, params: Params = None) -> State:
         """Begin a round."""
@@ -139,13 +139,14 @@ class Packs(Adapter[State]):
     packing: Packing
 
     def fits(self, tree: PyTree) -> bool:
-        return not is_packed(tree) or tree.packing == self.packing
+        return not is_packed(tree) or tree.packing.specs == self.packing.specs
 
     def hold(self, tree: PyTree) -> PyTree:
         return tree if tree is None else packed_as(tree, self.packing)
 
     def free(self, made: PyTree, *given: PyTree) -> PyTree:
-        return made if any(map(is_packed, given)) else unpack(made)
+        like = next(filter(is_packed, given), None)
+        return unpack(made) if like is None else packed_as(made, like.packing)
 
     def portable(self, state: State) -> State:
         return unpack(state)

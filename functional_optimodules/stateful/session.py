@@ -99,11 +99,11 @@ class Session:
             f"scan: use the pure {self.pure} there"
         )
 
-    def _hung(self, like: PyTree, params: Params, identity: int | None = None) -> Memory:
+    def _hung(self, memory: Memory, like: PyTree, params: Params, identity: int | None = None) -> Memory:
         """Return the memory with the state over a container like the parameters', made if there is none."""
         if traced(like):
             raise self._under_trace()
-        memory, specs = self.memory, Specs.of(shapes(like))
+        specs = Specs.of(shapes(like))
         adapter, homes = fitted(self.brick, like), None
         sharded = any(map(is_sharded, jax.tree.leaves(like)))
         if memory.fit is None:
@@ -139,7 +139,7 @@ class Session:
         """Make the state, or hang the one that there is on the parameters."""
         if self.memory.fit is not None and identity is not None:
             raise RuntimeError(f"{self.owner} has a state already: an identity is folded in when it is made")
-        memory = self._hung(params, params, identity)
+        memory = self._hung(self.memory, params, params, identity)
         begun = self._settled(memory._replace(message_out=False), params)
         self._remember(begun._replace(message_out=memory.message_out))
 
@@ -162,9 +162,11 @@ class Session:
             args = jax.tree.map(_as_array, args)
         memory = self.memory
         if memory.fit is None or not memory.fit.specs.hung:
-            memory = self._hung(like, params)
-        elif not all(map(memory.fit.compiled.adapter.fits, args)):
-            memory = self._hung(next(tree for tree in args if not memory.fit.compiled.adapter.fits(tree)), params)
+            memory = self._hung(memory, like, params)
+        assert memory.fit is not None
+        if not all(map(memory.fit.compiled.adapter.fits, args)):
+            misfit = next(tree for tree in args if not memory.fit.compiled.adapter.fits(tree))
+            memory = self._hung(memory, misfit, params)
         memory = self._settled(memory, params)
         assert memory.fit is not None
         specs, new = memory.fit
@@ -180,7 +182,9 @@ class Session:
                     "restore a saved one after `reset()`"
                 ) from error
             raise
-        self._remember(Memory(memory.fit, state, clients=memory.clients), output)
+        # Who begins rounds himself may take several steps in one: only a round that a message began ends with a step.
+        begun = None if memory.round == "sent" else memory.round
+        self._remember(Memory(memory.fit, state, clients=memory.clients, round=begun), output)
         return output
 
     def _require_arrays(self, extra_args: dict[str, PyTree], error: Exception) -> None:

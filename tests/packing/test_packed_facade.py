@@ -242,3 +242,23 @@ def test_gradients_of_another_shape_are_refused_though_their_buffers_end_alike()
         optimizer.apply_gradients(tree, jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), tree))
     with pytest.raises(ValueError, match="the tree of gradients lacks the leaf '00/b'"):
         fo.AdamModule().run(None, tree)
+
+
+def test_packed_and_plain_arguments_may_be_mixed_in_one_call_and_results_have_the_form_of_what_was_given():
+    few, tree, other = {"a": jnp.ones(3), "b": jnp.ones(2)}, fo.pack(PARAMS), fo.pack(PARAMS, small=12)
+    assert isinstance(fo.AdamModule().run(fo.pack(few), few), fo.Packed)
+    expected, optimizer = make().apply_gradients(PARAMS, PARAMS), make()
+    for _ in range(2):
+        twin = optimizer.bare()
+        for _ in range(2):
+            found = twin.apply_gradients(tree, other)
+            assert found.packing == tree.packing
+            assert twin.bare().compute_updates_from_gradients(tree, other).packing in (tree.packing, other.packing)
+    close(fo.unpack(optimizer.apply_gradients(other, tree)), expected)
+
+
+def test_an_optax_module_that_is_put_bare_on_packed_parameters_gives_each_parameter_to_optax():
+    module, tree = fo.OptaxModule("lamb"), fo.pack(PARAMS)
+    expected, _ = module.update(PARAMS, module.init(PARAMS), PARAMS)
+    found, _ = module.update(tree, module.init(tree), tree)
+    close(fo.unpack(found), expected)

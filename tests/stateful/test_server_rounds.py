@@ -163,3 +163,15 @@ def test_a_server_that_hears_nothing_takes_clients_that_say_nothing():
     server.process_aux_var({"ann": {}, "bob": {}})
     with pytest.raises(KeyError, match="no module takes auxiliary variables named 'ann'"):
         server.process_aux_var({"ann": report(1)})
+
+
+def test_who_begins_rounds_himself_may_take_several_steps_in_one():
+    server = make_server()
+    server.setup(MODEL)
+    rates = []
+    for _ in range(3):
+        server.start_round()
+        for _ in range(2):
+            server.process_aux_var({"ann": report(1)})
+            rates.append(float(-server.apply_gradients(MODEL, {"w": jnp.ones(2)})["w"][0]))
+    np.testing.assert_allclose(rates, np.outer([1.0, 0.8, 0.64], [1.0, 1.9]).ravel(), rtol=1e-6)
