@@ -176,5 +176,11 @@ class Facade(Stateful, Contract[State], kind="facade"):
             )
         state = self.load(saved, nnx.as_pure(nnx.state(model, optimizer.wrt)))
         leaves = jax.tree.leaves(optimizer.opt_state, is_leaf=lambda node: isinstance(node, nnx.Variable))
-        for variable, value in zip(leaves, jax.tree.leaves(state), strict=True):
+        values = jax.tree.leaves(state)
+        if optimizer.tx != self or [leaf.shape for leaf in leaves] != [value.shape for value in values]:
+            raise ValueError(
+                f"{type(self).__name__}.restore: the `nnx.Optimizer` has another state: its `tx` is {optimizer.tx!r}, "
+                f"expected {self!r}, over the same model"
+            )
+        for variable, value in zip(leaves, values, strict=True):
             variable[...] = value
