@@ -2,11 +2,11 @@
 
 Compilation is most of what these tests cost, so there is less of it, in two ways.
 
-Programs are compiled quickly rather than well: LLVM does not optimize them, and XLA emits the code of fusions in
-its older, cheaper way. They run slower than what users get and round a little differently, and two of them agree to
-the last bit more often; what is traced, donated and kept is the same. What looks at the text or the memory of a
-compiled program, or runs for long, asks for the fixture `optimized`. `make test XLA_FLAGS=` compiles everything
-as users have it, in twice the time.
+Programs are compiled quickly rather than well: LLVM does not optimize them, and has each in one piece, and XLA emits
+the code of fusions in its older, cheaper way. They run slower than what users get and round a little differently, and
+two of them agree to the last bit more often; what is traced, donated and kept is the same. What looks at the text or
+the memory of a compiled program, or runs for long, asks for the fixture `optimized`. `make test XLA_FLAGS=` compiles
+everything as users have it, in twice the time.
 
 Compiled programs are kept in `.jax_cache` for the next run, for the other workers, and for the processes that
 tests start. JAX finds them by the program, the options, its own version and XLA's.
@@ -19,7 +19,9 @@ from pathlib import Path
 
 import pytest
 
-CHEAP = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+CHEAP = (
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false"
+)
 CACHE = Path(__file__).parents[1] / ".jax_cache"
 MOST_BYTES = 2**28
 

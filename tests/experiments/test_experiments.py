@@ -113,6 +113,7 @@ def test_a_finished_run_is_not_overwritten_but_may_be_continued(experiment: Path
     assert history["round"] == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_the_state_of_another_experiment_is_refused_by_the_key_that_differs(experiment: Path) -> None:
     output = experiment.parent / "out"
     running.run_experiment(experiment, output, progress=False)

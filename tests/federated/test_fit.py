@@ -16,6 +16,8 @@ from functional_optimodules.federated import FederatedData, Federation
 
 from . import problem
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data() -> FederatedData:

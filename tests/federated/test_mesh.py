@@ -12,6 +12,8 @@ from functional_optimodules.federated import FederatedData
 
 from . import problem
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found(peers: Any) -> Any:

@@ -16,6 +16,8 @@ from functional_optimodules.federated.batches import shuffle
 
 from . import problem
 
+pytestmark = pytest.mark.slow
+
 GRADIENT = jax.jit(jax.grad(lambda params, batch: jnp.mean(problem.loss(params, batch))))
 
 

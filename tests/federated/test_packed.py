@@ -10,6 +10,8 @@ import pytest
 import functional_optimodules as fo
 from functional_optimodules.federated import FederatedData, Federation
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 10
 PARAMS = {f"{index:02d}": {"b": jnp.zeros(3), "w": jnp.eye(3) * 0.9} for index in range(LAYERS)}
 PARAMS["head"] = {"w": jnp.ones((3, 2)) / 3}
@@ -40,7 +42,7 @@ def close(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plain():
     """The same rounds with nothing packed."""
     fo.set_small_leaf(0)

@@ -9,6 +9,7 @@ import pytest
 from functional_optimodules.federated import processes
 
 
+@pytest.mark.slow
 def test_a_lost_process_stops_the_other_with_a_message_and_both_resume_with_the_same_numbers(peers: Any) -> None:
     first, second = peers.start("endless", count=2, devices=1)
     for process in (first, second):

@@ -10,6 +10,8 @@ from functional_optimodules.federated import FederatedData
 
 from . import problem
 
+pytestmark = pytest.mark.slow
+
 WHO = np.array([3, 0, 5])
 
 

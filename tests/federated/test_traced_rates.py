@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import functional_optimodules as fo
 from functional_optimodules.federated import FederatedData, Federation
@@ -23,6 +24,7 @@ def experiment(rate: Any, data: FederatedData) -> Any:
     return history["loss"], federation.evaluate(state.params, data)["loss"]
 
 
+@pytest.mark.slow
 def test_rounds_and_evaluation_under_jit_and_vmap_are_those_of_rates_that_are_numbers() -> None:
     data = FederatedData.from_clients(problem.clients())
     rates = jnp.array([0.05, 0.2])

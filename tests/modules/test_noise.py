@@ -13,6 +13,8 @@ from scipy import stats
 import functional_optimodules as fo
 from functional_optimodules.modules.noise import NoiseState
 
+pytestmark = pytest.mark.slow
+
 SAFE = pytest.mark.parametrize("safe_mode", [True, False])
 SIZE = 20_000
 # A sample that size shows a scale wrong by 10 %: the distance is then about 0.024, and its 0.1 % quantile 0.0138.

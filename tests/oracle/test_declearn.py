@@ -21,6 +21,8 @@ from declearn.optimizer import modules as reference_modules
 from declearn.optimizer import regularizers as reference_regularizers
 from declearn.optimizer import schedulers as reference_schedulers
 
+pytestmark = pytest.mark.slow
+
 ROUNDS, STEPS = 3, 7
 
 

@@ -8,6 +8,8 @@ import pytest
 
 import functional_optimodules as fo
 
+pytestmark = pytest.mark.slow
+
 STEPS = 21
 
 

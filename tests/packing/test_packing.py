@@ -55,6 +55,7 @@ def test_any_container_comes_back(container):
     same(fo.unpack(fo.pack(tree)), tree)
 
 
+@pytest.mark.slow
 def test_many_leaves_come_back_under_jit_vmap_and_a_leading_axis():
     tree = layers(50)
     stack = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), tree)

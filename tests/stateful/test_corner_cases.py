@@ -73,6 +73,7 @@ def test_loading_a_facades_state_takes_a_message_that_is_out_as_arrived():
     chex.assert_trees_all_equal(state.local, ONES)
 
 
+@pytest.mark.slow
 def test_states_and_restored_states_lie_where_the_parameters_lie():
     script = """
         import jax, jax.numpy as jnp

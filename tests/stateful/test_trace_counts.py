@@ -1,6 +1,5 @@
 """Nothing is traced or compiled twice, and no compilation cache keeps a state alive."""
 
-import gc
 import weakref
 from typing import Any, ClassVar, NamedTuple
 
@@ -176,19 +175,6 @@ def test_equal_bricks_give_one_optax_transformation():
 
 def state_of(brick):
     return [weakref.ref(leaf) for leaf in jax.tree.leaves(brick._session.memory.state)]
-
-
-@pytest.fixture
-def alive():
-    """Return a function that says which references are alive, to objects that are younger than the test."""
-
-    def still(references):
-        gc.collect()
-        return [reference for reference in references if reference() is not None]
-
-    gc.freeze()  # what is older is not searched, which would take half a second each time
-    yield still
-    gc.unfreeze()
 
 
 def test_a_facade_keeps_its_own_state_alive(alive):

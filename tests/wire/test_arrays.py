@@ -339,6 +339,7 @@ def test_a_mutilated_message_is_a_clear_error_and_changes_nothing_or_is_a_messag
         assert np.isfinite(np.asarray(variate)).all()
 
 
+@pytest.mark.slow
 @settings(parent=quick, max_examples=100)
 @given(mutilations(composite().get_config()))
 def test_a_mutilated_configuration_is_a_clear_error_or_a_configuration(config: Any) -> None:
