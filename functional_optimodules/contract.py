@@ -2,7 +2,7 @@
 
     Init(params) -> state
     Step(updates, state, params) -> updates, state
-    Round(state) -> state
+    Round(state) -> state;  at its end: End(state, what is known of it) -> state
     Send(state) -> aux;  once delivered: Commit(state) -> state
     Receive(aux, state) -> state
 
@@ -13,8 +13,8 @@ the hyper-parameters and its arguments.
 import abc
 import functools
 import inspect
-from collections.abc import Mapping
-from typing import Any, ClassVar, Generic
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Generic, NamedTuple
 
 import jax
 
@@ -24,6 +24,44 @@ from functional_optimodules.dependence import params_within, reads_values
 from functional_optimodules.random.keys import is_key
 from functional_optimodules.types import Params, PyTree, State, Updates
 from functional_optimodules.wire.paths import ParamsNeeded
+
+KNOWN: Mapping[str, bool] = {
+    "lrate": False,
+    "anchor_gradient": True,
+    "mean_gradient": True,
+    "full_gradient": True,
+    "delta": True,
+    "num_steps": False,
+    "weight": False,
+    "examples": False,
+    "joined": False,
+    "coin": False,
+}
+"""What a brick may ask for, by name, and whether it is shaped like the parameters.
+
+A brick asks by naming it: keyword-only and without a default, in `update` or `end_round`.
+An `Optimizer` knows the `lrate` of the step. A federated round knows the rest:
+
+- in a client's step: `anchor_gradient`, of the same batch at the server's parameters;
+  `mean_gradient`, the mean over the round's participants, by their weights, of the
+  gradient over all of a client's data at the server's parameters; `coin`, a number in
+  [0, 1) that is drawn once a round, the same for all;
+- at the end of a client's round, and on the uplink: `delta`, where the parameters went, in
+  at least float32; `num_steps`, how many local steps that took; `weight`, how much the
+  client counts in the mean; `examples`, how many it has; `full_gradient`, over all its
+  data at the server's parameters; `coin`;
+- in a server's step: `joined`, how many clients' deltas arrived; `mean_gradient`; `coin`.
+
+All but the shaped ones are float32 scalars, and `num_steps` an int32 one. What no brick
+asks for is not computed.
+"""
+
+
+class Asked(NamedTuple):
+    """The names of what a brick asks for, in a step and at the end of a round."""
+
+    step: frozenset[str]
+    end: frozenset[str]
 
 
 class Contract(Plugin, Generic[State], kind="contract"):
@@ -43,6 +81,7 @@ class Contract(Plugin, Generic[State], kind="contract"):
     aux_name: ClassVar[str | None] = None
     sends: ClassVar[type[AuxVar] | None] = None
     receives: ClassVar[type[AuxVar] | None] = None
+    _asked: ClassVar[tuple[frozenset[str], ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -50,6 +89,7 @@ class Contract(Plugin, Generic[State], kind="contract"):
         cls.packable = vars(cls).get("packable", False)
         if "update" in vars(cls):
             _refuse_optional_arguments(cls)
+        cls._asked = tuple(_named(method) for method in (cls.update, cls.end_round))
 
     @abc.abstractmethod
     def init(self, params: Params) -> State:
@@ -100,6 +140,31 @@ class Contract(Plugin, Generic[State], kind="contract"):
         fresh = self.init(params)
         return jax.tree.map(lambda new, old: new if is_key(old) else new.astype(old.dtype), fresh, state)
 
+    def end_round(self, state: State, **known: PyTree) -> State:
+        """Return the state after a client's last local step of a round: unchanged by default.
+
+        What `collect` and `commit` need of `known` is kept in the state: they read
+        nothing else.
+
+        Args:
+          state: the state.
+          **known: what is known of the round, of which a brick names what it asks for,
+            keyword-only and without a default: `*, delta, num_steps, **known`. See `KNOWN`.
+        """
+        return state
+
+    def asks(self) -> Asked:
+        """Return the names of what `update` and `end_round` ask for: see `KNOWN`."""
+        return Asked(*self._asked)
+
+    def share(self, params: Params, state: State) -> Params:
+        """Return the parameters that clients are sent, on a server: its own by default."""
+        return params
+
+    def metrics(self, state: State) -> Mapping[str, jax.Array]:
+        """Return scalars about the last step, by name, for histories; none by default. Reads only."""
+        return {}
+
     def restarts(self) -> bool:
         """Whether each round starts from the state that `init` makes: what a field `round_reset` says."""
         return bool(getattr(self, "round_reset", False))
@@ -147,6 +212,11 @@ class Contract(Plugin, Generic[State], kind="contract"):
         """Whether it is a server's: it receives what clients send, or sends what servers do."""
         pairs = [(each.sends or AuxVar, each.receives or AuxVar) for each in self.channels().values()]
         return any(issubclass(sends, FromServer) or issubclass(receives, FromClients) for sends, receives in pairs)
+
+
+def _named(method: Callable[..., Any]) -> frozenset[str]:
+    parameters = inspect.signature(method).parameters.values()
+    return frozenset(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)
 
 
 def _refuse_optional_arguments(cls: type[Contract]) -> None:

@@ -18,8 +18,8 @@ import jax
 from functional_optimodules.aux_var import AuxVar
 from functional_optimodules.brick import Brick, OptiModule, Regularizer
 from functional_optimodules.config.fields import hyperparameter
-from functional_optimodules.contract import Contract
-from functional_optimodules.numerics import wide
+from functional_optimodules.contract import Asked, Contract
+from functional_optimodules.numerics import real, wide
 from functional_optimodules.packing.adapter import Adapter, adapted, packed_like
 from functional_optimodules.schedulers import Scheduler, as_scheduler
 from functional_optimodules.types import Json, Params, PyTree, Updates
@@ -135,13 +135,15 @@ class Optimizer(Brick[OptimizerState], register=False):
         if self._decays and params is None:
             raise ValueError(f"Optimizer with w_decay={self.w_decay!r} needs the parameters: pass `params`")
         updates = packed_like(updates, params)
+        lrate, w_decay = self._rates
+        eta, decay = lrate.value(state.lrate), w_decay.value(state.w_decay)
+        if "lrate" in self.asks().step:
+            extra_args = {**extra_args, "lrate": real(eta)}
         regularizers, modules = dict(state.regularizers), dict(state.modules)
         for label, regularizer in self._regularizers.items():
             updates, regularizers[label] = regularizer.update(updates, regularizers[label], params, **extra_args)
         for label, module in self._modules.items():
             updates, modules[label] = module.update(updates, modules[label], params, **extra_args)
-        lrate, w_decay = self._rates
-        eta, decay = lrate.value(state.lrate), w_decay.value(state.w_decay)
 
         def scale(g: jax.Array, *param: jax.Array) -> jax.Array:
             total = _times(eta, wide(g)) + sum(_times(decay, wide(p)) for p in param)
@@ -154,16 +156,32 @@ class Optimizer(Brick[OptimizerState], register=False):
     def begin_round(self, state: OptimizerState, params: Params = None) -> OptimizerState:
         """Begin a round of both rates' clocks and of every brick."""
         lrate, w_decay = self._rates
+        begun = self._each(state, lambda brick, own: brick.begin_round(own, params))
+        return begun._replace(lrate=lrate.begin_round(state.lrate), w_decay=w_decay.begin_round(state.w_decay))
 
-        def begun(bricks: dict[str, Adapter], states: dict[str, PyTree]) -> dict[str, PyTree]:
-            return {label: brick.begin_round(states[label], params) for label, brick in bricks.items()}
+    def end_round(self, state: OptimizerState, **known: PyTree) -> OptimizerState:
+        return self._each(state, lambda brick, own: brick.end_round(own, **known))
 
-        return OptimizerState(
-            lrate=lrate.begin_round(state.lrate),
-            w_decay=w_decay.begin_round(state.w_decay),
-            regularizers=begun(self._regularizers, state.regularizers),
-            modules=begun(self._modules, state.modules),
-        )
+    def _each(self, state: OptimizerState, function: Callable[[Adapter, PyTree], PyTree]) -> OptimizerState:
+        def made(bricks: dict[str, Adapter], states: dict[str, PyTree]) -> dict[str, PyTree]:
+            return {label: function(brick, states[label]) for label, brick in bricks.items()}
+
+        regularizers = made(self._regularizers, state.regularizers)
+        return state._replace(regularizers=regularizers, modules=made(self._modules, state.modules))
+
+    def asks(self) -> Asked:
+        each = [brick.asks() for brick in (*self.regularizers, *self.modules)]
+        return Asked(*(frozenset().union(*names) for names in zip(Asked(frozenset(), frozenset()), *each, strict=True)))
+
+    def share(self, params: Params, state: OptimizerState) -> Params:
+        for label, module in self._modules.items():
+            params = module.share(params, state.modules[label])
+        return params
+
+    def metrics(self, state: OptimizerState) -> dict[str, jax.Array]:
+        """Return what the modules say of the last step, by `module/metric`."""
+        each = {label: module.brick.metrics(state.modules[label]) for label, module in self._modules.items()}
+        return {f"{label}/{name}": value for label, found in each.items() for name, value in found.items()}
 
     def collect(self, state: OptimizerState) -> dict[str, AuxVar]:
         """Return what the modules send, by the name of their auxiliary variables."""
@@ -248,6 +266,22 @@ class Optimizer(Brick[OptimizerState], register=False):
     def start_round(self) -> None:
         """Begin a round, also before the first step."""
         self.on_round_start()
+
+    def finish_round(self, **known: PyTree) -> None:
+        """End a client's round, before its messages are collected, where a brick asks for what is known of it.
+
+        Args:
+          **known: what the bricks ask for, such as `delta`, the parameters after the
+            round less those before it, and `num_steps`; see `OptiModule.end_round`.
+
+        Raises:
+          TypeError: if a brick asks for something else.
+        """
+        self.on_round_end(**known)
+
+    def share_params(self, params: Params) -> Params:
+        """Return what a server sends to its clients as the parameters: its own, unless a module looks ahead."""
+        return self._session.share(params)
 
     def collect_aux_var(self) -> dict[str, Json]:
         """Return the modules' messages for their counterparts by `aux_name`; the same again if asked again.

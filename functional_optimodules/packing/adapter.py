@@ -15,7 +15,7 @@ import optax
 
 from functional_optimodules.aux_var import AuxVar
 from functional_optimodules.checked import name_of, require_arrays, require_like, require_pair
-from functional_optimodules.contract import Contract
+from functional_optimodules.contract import KNOWN, Contract
 from functional_optimodules.packing.policy import packed_as, worthwhile
 from functional_optimodules.packing.tree import Packing, is_packed, unpack
 from functional_optimodules.random.keys import shapes_only
@@ -75,7 +75,7 @@ class Adapter(Generic[State]):
     ) -> tuple[Updates, State]:
         """Take a step; both results have the structure, shapes and dtypes of what was given."""
         given = self.hold(updates)
-        made = self.brick.update(given, state, self.hold(params), **extra_args)
+        made = self.brick.update(given, state, self.hold(params), **self._held(extra_args))
         output, new = require_pair(self.brick, made)
         require_like(self.brick, "update", "updates", output, given)
         require_like(self.brick, "update", "state", new, state)
@@ -90,6 +90,17 @@ class Adapter(Generic[State]):
     def begin_round(self, state: State, params: Params = None) -> State:
         """Begin a round."""
         return self._kept("begin_round", state, self.brick.begin_round(state, self.hold(params)))
+
+    def end_round(self, state: State, **known: PyTree) -> State:
+        """Take in what is known of a round at its end."""
+        return self._kept("end_round", state, self.brick.end_round(state, **self._held(known)))
+
+    def share(self, params: Params, state: State) -> Params:
+        """Return the parameters that clients are sent, in the form of those given."""
+        held = self.hold(params)
+        shared = self.brick.share(held, state)
+        require_like(self.brick, "share", "updates", shared, held)
+        return self.free(shared, params)
 
     def collect(self, state: State) -> dict[str, AuxVar]:
         """Return what the brick sends, by the name of its auxiliary variables, in the form that it holds."""
@@ -122,6 +133,9 @@ class Adapter(Generic[State]):
     def fold_in(self, state: State, integer: int | jax.Array) -> State:
         """Fold an integer into every PRNG key of a state."""
         return self._kept("fold_in", state, self.brick.fold_in(state, integer))
+
+    def _held(self, known: dict[str, PyTree]) -> dict[str, PyTree]:
+        return {name: self.hold(value) if KNOWN.get(name) else value for name, value in known.items()}
 
     def _kept(self, method: str, old: State, new: State) -> State:
         require_like(self.brick, method, "state", new, old)

@@ -57,6 +57,8 @@ class Compiled(Generic[State]):
         self.apply = jax.jit(self._apply, static_argnums=0, donate_argnums=1)
         self.apply_donated = jax.jit(self._apply, static_argnums=0, donate_argnums=(1, 2))
         self.begin_round = jax.jit(lambda state, params: self._homed(adapter.begin_round(state, params)))
+        self.end_round = jax.jit(lambda state, known: self._homed(adapter.end_round(state, **known)))
+        self.share = jax.jit(adapter.share)
         self.commit = jax.jit(lambda state: self._homed(adapter.commit(state)))
         self.collect = jax.jit(adapter.collect)
         self.process = jax.jit(lambda auxes, state: self._homed(adapter.process(auxes, state)))

@@ -132,8 +132,8 @@ def read_life(saved: Json, name: str, owner: str) -> tuple[Specs | None, dict[st
         raise ValueError(f"{owner}: 'rounds_begun' should be a count of rounds, not {rounds!r}")
     if type(out) is not bool:
         raise ValueError(f"{owner}: 'message_out' should be true or false, not {out!r}")
-    if begun not in (None, "begun", "sent"):
-        raise ValueError(f"{owner}: 'round' should be 'begun', 'sent' or absent, not {begun!r}")
+    if begun not in (None, "begun", "sent", "open"):
+        raise ValueError(f"{owner}: 'round' should be 'begun', 'sent', 'open' or absent, not {begun!r}")
     if not isinstance(clients, list) or not all(isinstance(client, str) for client in clients):
         raise ValueError(f"{owner}: 'clients' should be a list of names, not {clients!r}")
     if len(set(clients)) < len(clients):

@@ -21,7 +21,19 @@ from functional_optimodules.types import Json, Params, PyTree, State, Updates
 from functional_optimodules.wire.paths import Specs, unwrapped
 
 FACADE = frozenset(
-    {"setup", "run", "on_round_start", "get_state", "set_state", "state", "reset", "save", "load", "restore"}
+    {
+        "setup",
+        "run",
+        "on_round_start",
+        "on_round_end",
+        "get_state",
+        "set_state",
+        "state",
+        "reset",
+        "save",
+        "load",
+        "restore",
+    }
 )
 AUX_FACADE = frozenset({"collect_aux_var", "retract_aux_var", "process_aux_var"})
 CONFIG = frozenset({"get_config", "from_config", "from_specs", "bare"})
@@ -125,6 +137,20 @@ class Facade(Stateful, Contract[State], kind="facade"):
           RuntimeError: if called while tracing.
         """
         return self._session.step(gradients, params, extra_args)
+
+    def on_round_end(self, **known: PyTree) -> None:
+        """End a client's round, before its messages are collected, where the brick asks for what is known of it.
+
+        Args:
+          **known: what `end_round` asks for, such as `delta`, the parameters after the
+            round less those before it, and `num_steps`.
+
+        Raises:
+          RuntimeError: if there was no step, and so no round, or while tracing.
+          TypeError: if the brick asks for something else.
+          ValueError: if a tree is not like the parameters. The state stays as it was.
+        """
+        self._session.end_round(known)
 
     def save(self, state: PyTree, params: Params) -> dict[str, Json]:
         """Write a state of the pure methods, such as `TrainState.opt_state`, as `get_state` writes the facade's.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from functional_optimodules.aux_var import AuxVar, FromClients
-from functional_optimodules.contract import Contract
+from functional_optimodules.contract import KNOWN, Contract
 from functional_optimodules.numerics import is_finite
 from functional_optimodules.packing.adapter import adapted, fitted
 from functional_optimodules.packing.tree import shapes, unpack
@@ -47,7 +47,8 @@ class Memory(NamedTuple):
       message_out: whether a message was collected that is neither committed nor retracted.
       clients: on a server, the clients heard of, in order; their place is their index.
       round: on a server, whether the round of the next step was begun: by its caller,
-        or by the broadcast that was sent.
+        or by the broadcast that was sent; on a client whose brick asks for what is known
+        at a round's end, whether a step was taken since the last one.
     """
 
     fit: Fit | None = None
@@ -55,7 +56,7 @@ class Memory(NamedTuple):
     rounds_begun: int = 0
     message_out: bool = False
     clients: tuple[str, ...] = ()
-    round: Literal["begun", "sent"] | None = None
+    round: Literal["begun", "sent", "open"] | None = None
 
     def committed(self) -> PyTree:
         """Return the state once what was sent has arrived."""
@@ -78,6 +79,7 @@ class Session:
         self.brick = brick
         self.owner = owner or type(brick).__name__
         self.pure = pure
+        self.asked = brick.asks().end
         self.memory = Memory()
         try:
             self.plain: Compiled = compiled(adapted(brick), None)
@@ -184,7 +186,7 @@ class Session:
                 ) from error
             raise
         # Who begins rounds himself may take several steps in one: only a round that a message began ends with a step.
-        begun = None if memory.round == "sent" else memory.round
+        begun = "open" if self.asked else None if memory.round == "sent" else memory.round
         self._remember(Memory(memory.fit, state, clients=memory.clients, round=begun), output)
         return output
 
@@ -203,6 +205,27 @@ class Session:
             self._remember(memory._replace(round="begun"))
         else:
             self._remember(self._begun(memory)._replace(round="begun" if self.brick.serves() else None))
+
+    def end_round(self, known: dict[str, PyTree]) -> None:
+        """Tell the brick what is known of the round at its end."""
+        if missing := sorted(self.asked - known.keys()):
+            raise TypeError(f"{self.owner}: at the end of a round it asks for {', '.join(map(repr, missing))}")
+        memory = self.memory
+        if memory.fit is None or not memory.fit.specs.hung:
+            raise RuntimeError(f"{self.owner}: there was no step yet, and so no round to end")
+        specs, new = memory.fit
+        for name in filter(KNOWN.get, known):
+            specs.require_shapes(unpack(known[name]), f"{self.owner}: {name}")
+        state = new.end_round(memory.committed(), {name: known[name] for name in self.asked})
+        self._remember(memory._replace(state=state, message_out=False, round=None))
+
+    def share(self, params: Params) -> Params:
+        """Return the parameters that clients are sent."""
+        memory = self._hung(self.memory, params, params)
+        assert memory.fit is not None
+        shared = memory.fit.compiled.share(params, memory.state)
+        self._remember(memory, shared)
+        return shared
 
     def _begun(self, memory: Memory) -> Memory:
         if memory.fit is None:
@@ -223,6 +246,11 @@ class Session:
     def collect(self) -> dict[str, Json]:
         """Return the messages by `aux_name`; what they say is committed later."""
         # A client of another server tells what its last round came to, before a new one begins.
+        if self.memory.round == "open":
+            known = ", ".join(f"{name}=..." for name in sorted(self.asked))
+            raise RuntimeError(
+                f"{self.owner}: the round has not ended: call `on_round_end({known})` after its last step"
+            )
         reports = any(issubclass(each.sends or AuxVar, FromClients) for each in self.brick.channels().values())
         memory = self.memory if reports else self._opened(self.memory)
         if memory.fit is None:

@@ -7,6 +7,7 @@ dataclasses or `nnx.State`.
 
 import functools
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, PyTreeDef
 
+from functional_optimodules.config.fields import nearest
 from functional_optimodules.types import Json, Leaf, PyTree
 
 Spec = jax.ShapeDtypeStruct
@@ -72,6 +74,34 @@ def leaf_paths(tree: PyTree) -> list[str]:
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(f"two parameters have the path {twice!r}: rename one, for messages to tell them apart")
     return paths
+
+
+def matching(patterns: Iterable[str], paths: Iterable[str], what: str) -> frozenset[str]:
+    """Return the paths that any of some glob patterns match.
+
+    `*` and `?` stand for what is within one segment of a path, `[...]` for one character, and
+    `**` for any number of segments: `*/bias`, `**/norm*/**`.
+
+    Raises:
+      ValueError: if a pattern matches no path; it names near ones.
+    """
+    known, found = list(paths), set[str]()
+    for pattern in patterns:
+        regex = "".join(_regex(token) for token in _TOKEN.findall(pattern))
+        matched = [path for path in known if re.fullmatch(regex, path)]
+        if not matched:
+            raise ValueError(f"{what}: the pattern {pattern!r} matches no path: {nearest(pattern, known)}")
+        found.update(matched)
+    return frozenset(found)
+
+
+_TOKEN = re.compile(r"\*\*/|/\*\*|\*\*|\[[^]/]+\]|.")
+# `**` may stand for nothing, and then takes a slash with it.
+_GLOBS = {"**/": "(?:[^/]+/)*", "/**": "(?:/[^/]+)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+
+def _regex(token: str) -> str:
+    return _GLOBS.get(token) or (token.replace("[!", "[^") if token[1:] else re.escape(token))
 
 
 class Specs:
@@ -142,6 +172,15 @@ class Specs:
                 raise ValueError(f"{what} has a leaf {path!r} ({show(theirs[path])}) where none was expected")
             if show(mine[path]) != show(theirs[path]):
                 raise ValueError(f"{what} has {show(theirs[path])} at {path!r}: expected {show(mine[path])}")
+
+    def require_shapes(self, tree: PyTree, what: str) -> None:
+        """Raise a `ValueError` naming the first leaf whose path or shape is not as here; its dtype may differ."""
+        found, mine = Specs.of(tree), self.by_path
+        leaves = [
+            Spec(leaf.shape, (mine if path in mine else found.by_path)[path].dtype)
+            for path, leaf in found.by_path.items()
+        ]
+        self.require_same(Specs(found.treedef, found.paths, leaves), what)
 
     def require_tree(self, tree: PyTree, what: str) -> None:
         """Raise a `ValueError` if a tree's container or leaves differ from these specs."""
