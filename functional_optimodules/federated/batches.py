@@ -25,6 +25,8 @@ class Batches(NamedTuple):
       take: `(order, step) -> batch, mask`, where the mask is `None` if all examples are real.
       size: how many examples a batch has.
       examples: float32 scalar, how many examples the client has.
+      total: int32 scalar, how many batches in all, passes being started as they are
+        needed; `None` for those of `epochs` passes.
     """
 
     epochs: int
@@ -33,6 +35,11 @@ class Batches(NamedTuple):
     take: Callable[[jax.Array, jax.Array], tuple[PyTree, jax.Array | None]]
     size: int
     examples: jax.Array
+    total: jax.Array | None = None
+
+    def taken(self) -> jax.Array:
+        """Return how many batches are walked through: an int32 scalar."""
+        return self.epochs * self.steps if self.total is None else self.total
 
 
 def check_batches(data: FederatedData, batch_size: int | None, remainder: Remainder) -> int:

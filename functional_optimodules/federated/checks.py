@@ -1,6 +1,6 @@
 """What is refused, and how it is said."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from functional_optimodules.aux_var import FromClients, FromServer
+from functional_optimodules.brick import OptiModule
 from functional_optimodules.contract import Contract
 from functional_optimodules.federated.batches import check_batches
 from functional_optimodules.federated.data import FederatedData
@@ -21,9 +22,13 @@ if TYPE_CHECKING:
     from functional_optimodules.federated.state import FederationState
 
 
-def require_counterparts(client: Optimizer, server: Optimizer) -> None:
+def require_counterparts(client: Optimizer, uplink: Sequence[OptiModule], server: Optimizer) -> None:
     """Raise a `ValueError` if a module has no counterpart on the other side."""
-    clients, servers = client.channels(), server.channels()
+    clients, servers = dict(client.channels()), server.channels()
+    for name, module in ((name, module) for each in uplink for name, module in each.channels().items()):
+        if name in clients:
+            raise ValueError(f"Federation: two modules of a client exchange auxiliary variables named {name!r}")
+        clients[name] = module
     for name in sorted(clients.keys() | servers.keys()):
         mine, theirs = clients.get(name), servers.get(name)
         if mine is None or theirs is None or not _pair(mine, theirs):
@@ -39,6 +44,46 @@ def _pair(client: Contract, server: Contract) -> bool:
     up, down = client.sends or FromClients, client.receives or FromServer
     same = server.receives is client.sends and server.sends is client.receives
     return same and issubclass(up, FromClients) and issubclass(down, FromServer)
+
+
+_IN_STEPS = frozenset({"lrate", "anchor_gradient", "mean_gradient", "coin"})
+_AT_END = frozenset({"delta", "num_steps", "weight", "examples", "full_gradient", "coin"})
+_ON_SERVER = frozenset({"lrate", "joined", "mean_gradient", "coin"})
+
+
+def require_known(client: Optimizer, uplink: Sequence[OptiModule], server: Optimizer) -> None:
+    """Raise a `ValueError` if a brick asks for what is not known where it stands."""
+    places: tuple[tuple[str, Sequence[Contract], frozenset[str], frozenset[str]], ...] = (
+        ("on the clients' side", (*client.regularizers, *client.modules), _IN_STEPS, _AT_END),
+        ("on the uplink", uplink, _AT_END | {"lrate"}, frozenset()),
+        ("on the server", (*server.regularizers, *server.modules), _ON_SERVER, frozenset()),
+    )
+    for where, bricks, in_step, at_end in places:
+        for brick in bricks:
+            asked = brick.asks()
+            for names, known, method in ((asked.step, in_step, "update"), (asked.end, at_end, "end_round")):
+                for name in sorted(names - known):
+                    there = ", ".join(sorted(known)) or "nothing, for it is not called"
+                    raise ValueError(f"Federation: {brick!r} {where} asks for {name!r} in `{method}`: there is {there}")
+
+
+def require_together(federation: "Federation") -> None:
+    """Raise a `ValueError` for options that exclude each other."""
+    if sum((federation.epochs != 1, federation.steps is not None, federation.coin is not None)) > 1:
+        raise ValueError(
+            f"Federation: epochs={federation.epochs}, steps={federation.steps} and coin={federation.coin} each say how "
+            "many local steps a round has: give one"
+        )
+    if federation.sums_only and not federation.aggregation.sums:
+        raise ValueError(f"Federation: {federation.aggregation!r} needs each client's delta, and sums_only allows sums")
+
+
+def check_rate(drop_rate: ArrayLike | None) -> None:
+    """Raise a `ValueError` if a rate of drop-outs is no probability."""
+    if drop_rate is None or traced(drop_rate):
+        return
+    if np.shape(drop_rate) != () or not 0 <= float(np.asarray(drop_rate)) <= 1:
+        raise ValueError(f"Federation: drop_rate={drop_rate!r} should be a number in [0, 1]")
 
 
 def require_clients(server: Optimizer, total: int) -> None:

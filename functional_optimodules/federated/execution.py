@@ -40,6 +40,10 @@ class Sums(Protocol):
     def across(self, axis: str) -> Self:
         """Add up what the devices along an axis of a mesh have."""
 
+    @classmethod
+    def partition_specs(cls) -> Self:
+        """Say how what `across` returns lies over a mesh."""
+
 
 Total = TypeVar("Total", bound=Sums)
 Work = Callable[[PyTree, PyTree, jax.Array, jax.Array, Rows], tuple[Total, Rows]]
@@ -108,7 +112,11 @@ def run_participants(
         return totals.across(AXIS), bank
 
     specs = WHOLE, data.partition_specs() if held else WHOLE, SPLIT, WHOLE
-    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(WHOLE, SPLIT), check_vma=False)
+    total, _ = jax.eval_shape(
+        lambda *args: work(*args), shared, data, jnp.int32(0), jnp.int32(0), [leaf[0] for leaf in bank]
+    )
+    out_specs = total.partition_specs(), SPLIT
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
     return run(shared, data, bank, slots)
 
 

@@ -15,23 +15,26 @@ owns it.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import Interval, check_fields, hyperparameter
-from functional_optimodules.federated import checks, loss, processes, sampling, saving
+from functional_optimodules.federated import checks, evaluation, processes, sampling, saving
+from functional_optimodules.federated.aggregation import Aggregator, MeanAggregator
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.loss import LossFn, Metrics
+from functional_optimodules.federated.models import LinenLoss, ModelLoss, NnxLoss
 from functional_optimodules.federated.options import Execution, History, OnNonfinite, Remainder, Sampling, Weighting
 from functional_optimodules.federated.placement import mesh_of, mesh_size
-from functional_optimodules.federated.round import run_round
-from functional_optimodules.federated.state import FederationState, make_state
-from functional_optimodules.optimizer import Optimizer
+from functional_optimodules.federated.round import drop_out, run_round
+from functional_optimodules.federated.state import FederationState, client_model, make_state
+from functional_optimodules.optimizer import Named, Optimizer
 from functional_optimodules.packing.tree import unpack
 from functional_optimodules.types import Json, Params, PyTree
 
@@ -43,6 +46,13 @@ Evaluate: TypeAlias = Callable[[Params], Metrics]
 class Federation:
     """A server and its clients.
 
+    The places of a round, each filled with ordinary bricks:
+
+        client       every local step, on the gradient
+        uplink       once a round, on each participant's delta
+        aggregation  once a round, of all deltas
+        server       once a round, on the aggregate
+
     `init`, `round` and `run` are pure: they may be jitted, donated and scanned.
     `fit` drives compiled rounds from the host. `encode` and `decode` save a state
     and restore it.
@@ -51,16 +61,22 @@ class Federation:
       loss_fn: `(params, batch) -> loss` or `(params, batch, key) -> loss`, where
         the loss is a scalar or one value per example, alone or in a pair with a
         dict of metrics of either form. A value per example must not depend on the
-        other examples of the batch, which may be padding.
+        other examples of the batch, which may be padding. That of a model with a state,
+        such as statistics of batches, is `(params, state, batch[, key]) -> (loss,
+        metrics, state)`.
       client: the clients' optimizer.
-      server: the server's optimizer. It steps on the mean of `params - y_i` as its
+      server: the server's optimizer. It steps on the aggregate of `params - y_i` as its
         gradient: a learning rate of 1 and no module is federated averaging. The modules
-        `momentum`, `adagrad`, `adam` and `yogi` adapt it in the manner of Reddi et al.,
-        and not by their algorithm 2, which corrects no bias of the moments and starts
-        the second one above 0.
+        `fedavgm`, `fedadagrad`, `fedadam` and `fedyogi` are those of the papers; `adam`
+        and its kin correct the bias of the moments, start them at 0, and divide by more.
       batch_size: examples in a batch of `FederatedData`; `None` for all of the
         client's.
       epochs: local passes over `FederatedData` in a round.
+      steps: local steps in a round, in the place of passes; the data is shuffled anew
+        where it ends.
+      coin: the probability that a local step is the round's last, by a coin that all
+        participants share, in the place of passes: a random number of steps, as ProxSkip
+        takes them.
       remainder: what becomes of a last, partial batch: it is filled up and the
         filling masked, dropped, or filled with the pass's first examples.
       weighting: how clients count in the mean: alike, or by their examples.
@@ -72,10 +88,22 @@ class Federation:
       on_nonfinite: what becomes of a client that sends a value that is not finite:
         an error after the round (from `check` or `fit`), or it is left out like one
         that dropped out.
+      uplink: modules that act on each participant's delta, pointing uphill, once a round:
+        instances, names or `(name, config)` pairs. Each client has its own states of
+        them.
+      aggregation: how deltas become one: an `Aggregator`, its name, or its `(name,
+        config)` pair.
+      local: patterns over the paths of parameters, and of the model's state, that each
+        client keeps for itself: `head/**`, `**/norm*/*`.
+      sums_only: whether the server may see nothing but sums over clients, as where these
+        are summed in secret: other aggregations are refused.
+      eval_fn: the loss in its evaluation mode, without dropout and with the model's state
+        as it is; `loss_fn` if `None`.
 
     Raises:
       ValueError: if a client's module with auxiliary variables has no counterpart
-        in the server's optimizer, or the reverse; or for an option out of range.
+        in the server's optimizer, or the reverse; if a brick asks for what its place does
+        not know; for options that exclude each other; or for one out of range.
 
     References:
       McMahan et al., "Communication-efficient learning of deep networks from
@@ -93,29 +121,143 @@ class Federation:
     sampling: Sampling = "uniform"
     mapping: Execution = dataclasses.field(default=None, metadata={"within": Interval("[1, inf)")})
     on_nonfinite: OnNonfinite = "error"
+    steps: int | None = hyperparameter(default=None, within="[1, 2147483647]")
+    coin: float | None = hyperparameter(default=None, within="(0, 1]")
+    uplink: tuple[OptiModule, ...] = ()
+    aggregation: Aggregator = dataclasses.field(default_factory=MeanAggregator)
+    local: tuple[str, ...] = ()
+    sums_only: bool = False
+    eval_fn: LossFn | None = None
+
+    if TYPE_CHECKING:  # what is accepted is more than what is stored
+
+        def __init__(
+            self,
+            loss_fn: LossFn,
+            client: Optimizer,
+            server: Optimizer = Optimizer(1.0),  # noqa: B008
+            batch_size: int | None = None,
+            epochs: int = 1,
+            remainder: Remainder = "mask",
+            weighting: Weighting = "uniform",
+            sampling: Sampling = "uniform",
+            mapping: Execution = None,
+            on_nonfinite: OnNonfinite = "error",
+            steps: int | None = None,
+            coin: float | None = None,
+            uplink: Sequence[OptiModule | Named] = (),
+            aggregation: Aggregator | Named = "mean",
+            local: Sequence[str] = (),
+            sums_only: bool = False,
+            eval_fn: LossFn | None = None,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         check_fields(self, "Federation", ValueError)
         mesh_size(mesh_of(self.mapping))
-        checks.require_counterparts(self.client, self.server)
+        checks.require_counterparts(self.client, self.uplink, self.server)
+        checks.require_known(self.client, self.uplink, self.server)
+        checks.require_together(self)
 
-    def init(self, params: Params, clients: int | FederatedData, seed: int = 0) -> FederationState:
+    @classmethod
+    def from_nnx(
+        cls, model: Any, loss: Callable[..., PyTree], client: Optimizer, *args: Any, wrt: Any = None, **options: Any
+    ) -> Self:
+        """Make the federation of an `nnx.Module` as it is: `init` takes the model, `model` gives it back.
+
+        Its parameters are trained, its other state is averaged, its dropout draws from
+        the round's key. It is evaluated in its evaluation mode, `model.eval()`.
+
+        Args:
+          model: the model, which is not changed.
+          loss: `(model, batch) -> loss` or `(loss, metrics)`, each a scalar or one value
+            per example.
+          client: the clients' optimizer.
+          *args: as for `Federation`.
+          wrt: the filter of what is trained; `nnx.Param` if `None`.
+          **options: as for `Federation`.
+
+        Raises:
+          TypeError: if the model is no `nnx.Module`.
+        """
+        from flax import nnx
+
+        made = NnxLoss.of(model, loss, nnx.Param if wrt is None else wrt)
+        return cls(made, client, *args, **{"eval_fn": made.evaluating(model), **options})
+
+    @classmethod
+    def from_linen(
+        cls,
+        module: Any,
+        loss: Callable[..., PyTree],
+        client: Optimizer,
+        *args: Any,
+        rngs: Sequence[str] = ("dropout",),
+        **options: Any,
+    ) -> Self:
+        """Make the federation of a linen module as it is: `init` takes its variables, `model` gives them back.
+
+        Its `params` are trained, its other collections averaged.
+
+        Args:
+          module: the module.
+          loss: `(apply, batch) -> loss` or `(loss, metrics)`, each a scalar or one value
+            per example, where `apply` is the module's without variables and keys. One with
+            an argument `train` is told whether it is in training.
+          client: the clients' optimizer.
+          *args: as for `Federation`.
+          rngs: the random streams that the module draws from.
+          **options: as for `Federation`.
+        """
+        made = LinenLoss(module, loss, tuple(rngs), train=True)
+        evaluated = dataclasses.replace(made, train=False)
+        return cls(made, client, *args, **{"eval_fn": evaluated, **options})
+
+    def model(self, state: FederationState, client: int | None = None) -> Any:
+        """Return the model of a state: the shared one, or a client's, with what it keeps for itself.
+
+        Args:
+          state: the federation's state.
+          client: the client; `None` for the server's, in which what clients keep for
+            themselves is what they start from.
+
+        Returns:
+          The parameters; the pair of these and of the model's state, where it has one; the
+          `nnx.Module` or the linen variables, where the federation was made from such.
+
+        Raises:
+          ValueError: if there is no such client.
+        """
+        params, stats = client_model(self, state, client)
+        if isinstance(self.loss_fn, ModelLoss):
+            return self.loss_fn.put_together(params, stats)
+        return params if stats is None else (params, stats)
+
+    def init(
+        self, params: Params, clients: int | FederatedData, seed: int = 0, *, stats: PyTree = None
+    ) -> FederationState:
         """Make the state of a federation, before any round.
 
         With several processes, all take the parameters and keys of process 0.
 
         Args:
           params: the parameters, a pytree of arrays, which are copied. Nothing but
-            what is trained: no PRNG keys, counters or statistics of batches.
+            what is trained: no PRNG keys, counters or statistics of batches. Where the
+            federation was made `from_nnx`, the model itself; where `from_linen`, its
+            variables.
           clients: their number, or their data, with which the state is laid out.
           seed: where all draws of batches and participants come from.
+          stats: the model's state that is no parameter, where it has one. It is averaged
+            over the participants as the parameters are, but for what is `local`.
 
         Raises:
           ValueError: if there is no client, or one has less than a batch where
             partial ones are dropped; if a server's module was given a smaller
             `num_clients`; or for a parameter that cannot be trained.
         """
-        return make_state(self, unpack(params), clients, seed)
+        if isinstance(self.loss_fn, ModelLoss):
+            params, stats = self.loss_fn.taken_apart(params)
+        return make_state(self, unpack(params), clients, seed, stats)
 
     def round(
         self,
@@ -146,8 +288,10 @@ class Federation:
         Returns:
           The new state, and metrics: `round`, and by participant `participants`,
           `loss` and the loss's metrics, averaged over the local steps, `examples`
-          (how many the client has), `finite` (whether all that it sent is) and
-          `joined` (whether it took part to the end).
+          (how many the client has), `finite` (whether all that it sent is),
+          `joined` (whether it took part to the end), and what its bricks say of
+          themselves, as `uplink/top-k/bits`; of the server's bricks a scalar, as
+          `server/adaptive-clipping/bound`.
 
         Raises:
           ValueError: if the state was made for another federation, participants are
@@ -165,6 +309,7 @@ class Federation:
         *,
         participants: int | None = None,
         weights: ArrayLike | None = None,
+        drop_rate: ArrayLike | None = None,
         evaluate: Evaluate | None = None,
     ) -> tuple[FederationState, Metrics]:
         """Run rounds, each with a fresh sample of participants. Pure, as `round` is.
@@ -178,6 +323,7 @@ class Federation:
             replacement; all if `None`.
           weights: float[N], >= 0 and not all 0, how much each client counts in the
             mean; by `weighting` if `None`.
+          drop_rate: the probability with which a participant drops out in mid-round.
           evaluate: `(params) -> metrics`, called after each round.
 
         Returns:
@@ -189,18 +335,26 @@ class Federation:
             sample from.
         """
         state = state if key is None else state._replace(key=key)
-        advance = self.rounds(data, participants, weights, evaluate)
+        advance = self.rounds(data, participants, weights, drop_rate, evaluate)
         return jax.lax.scan(lambda state, _: advance(state), state, None, length=num_rounds)
 
     def rounds(
-        self, data: FederatedData, participants: int | None, weights: ArrayLike | None, evaluate: Evaluate | None
+        self,
+        data: FederatedData,
+        participants: int | None,
+        weights: ArrayLike | None,
+        drop_rate: ArrayLike | None,
+        evaluate: Evaluate | None,
     ) -> Callable[[FederationState], tuple[FederationState, Metrics]]:
         """Return the function from a state to the next that `run` and `fit` repeat."""
         size, counts = checks.check_sample(data, participants, weights)
+        checks.check_rate(drop_rate)
 
         def advance(state: FederationState) -> tuple[FederationState, Metrics]:
             chosen = self.sample(state, data, size)
-            state, metrics = self.round(state, data, chosen, weights=None if counts is None else counts[chosen])
+            dropped = None if drop_rate is None else drop_out(state, size, jnp.asarray(drop_rate))
+            heavy = None if counts is None else counts[chosen]
+            state, metrics = self.round(state, data, chosen, weights=heavy, dropped=dropped)
             found = {} if evaluate is None else evaluate(state.params)
             for name in sorted(metrics.keys() & found.keys()):
                 raise ValueError(f"Federation: `evaluate` returns a metric {name!r}, which a round has too: rename it")
@@ -217,24 +371,45 @@ class Federation:
         return sampling.draw_by_shard(key, data.slots, data.per_shard, data.num_shards, size)
 
     def evaluate(
-        self, params: Params, data: FederatedData, *, batch_size: int | None = None, key: jax.Array | None = None
+        self,
+        model: Params | FederationState,
+        data: FederatedData,
+        *,
+        batch_size: int | None = None,
+        key: jax.Array | None = None,
+        steps: int = 0,
+        train: FederatedData | None = None,
     ) -> Metrics:
-        """Evaluate parameters on each client's data, by one compiled program.
+        """Evaluate a model on each client's data, by one compiled program.
 
         Each example counts once, whatever `remainder` says. Where a batch is partial and
         the loss, or a metric, is a scalar, each example is evaluated as a batch of one.
 
         Args:
-          params: the parameters.
+          model: parameters, or a Flax model, the same for all clients; or the federation's
+            state, in which each client has its own part of the model, if it keeps one.
           data: the clients' data.
           batch_size: examples in a batch; all of the client's if `None`.
           key: what a loss that takes a key gets one of, by client and batch.
+          steps: how many local steps each client takes first, as it would in a round, of
+            which nothing remains.
+          train: the data to take these on; `data` if `None`.
 
         Returns:
           `loss` and the loss's metrics by name, each float32[N].
+
+        Raises:
+          ValueError: if the state was made for another federation, the data is not laid
+            out as its clients are, or there are no local steps to take.
         """
         key = jax.random.key(0) if key is None else key
-        return loss.evaluate(self.loss_fn, self.mapping, batch_size, unpack(params), data, key)
+        if not isinstance(model, FederationState):
+            model = self.init(model, data) if isinstance(self.loss_fn, ModelLoss) else unpack(model)
+        return evaluation.evaluate(self, model, data, batch_size, key, steps, train)
+
+    def mean_asked(self) -> bool:
+        """Whether a brick asks for the participants' mean gradient."""
+        return any("mean_gradient" in names for names in (self.client.asks().step, self.server.asks().step))
 
     def fit(
         self,
@@ -244,9 +419,10 @@ class Federation:
         *,
         participants: int | None = None,
         weights: ArrayLike | None = None,
+        drop_rate: ArrayLike | None = None,
         evaluate: Evaluate | None = None,
         every: int = 10,
-        callback: Callable[[FederationState, History], None] | None = None,
+        callback: Callable[[FederationState, History], object] | None = None,
         progress: bool = False,
     ) -> tuple[FederationState, History]:
         """Run rounds from the host, in compiled pieces. The state is donated: it can no longer be used.
@@ -260,11 +436,12 @@ class Federation:
           num_rounds: how many more rounds.
           participants: as for `run`.
           weights: as for `run`.
+          drop_rate: as for `run`.
           evaluate: as for `run`.
           every: rounds of a piece.
-          callback: `(state, history) -> None`, called after each piece with the
+          callback: `(state, history) -> stop`, called after each piece with the
             piece's history. It may save the state (`encode`), but not keep it: the
-            next piece takes its memory.
+            next piece takes its memory. Where it returns `True`, this piece is the last.
           progress: whether to show a progress bar, which needs `tqdm`.
 
         Returns:
@@ -280,6 +457,8 @@ class Federation:
             if type(value) is not int or value < least:
                 raise ValueError(f"Federation: {name}={value!r} should be an integer of at least {least}")
         _, counts = checks.check_sample(data, participants, weights)
+        checks.check_rate(drop_rate)
+        drops = None if drop_rate is None else jnp.float32(drop_rate)
         pieces: list[History] = []
         bar: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if progress and jax.process_index() == 0:
@@ -290,13 +469,14 @@ class Federation:
             for done in range(0, max(num_rounds, 1), every):
                 count = min(every, num_rounds - done)
                 with processes.naming_lost_peers():
-                    state, rows = _run_piece(self, participants, evaluate, every, state, data, counts, np.int32(count))
+                    piece = _run_piece(self, participants, evaluate, every, state, data, counts, drops, np.int32(count))
+                    state, rows = piece
                     pieces.append(jax.tree.map(lambda values, count=count: np.asarray(values)[:count], rows))
                 self.check(pieces[-1])
                 if shown is not None:
                     shown.update(count)
-                if callback is not None and count:
-                    callback(state, pieces[-1])
+                if callback is not None and count and callback(state, pieces[-1]) is True:
+                    break
         return state, jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
 
     def check(self, history: Mapping[str, ArrayLike]) -> None:
@@ -344,6 +524,7 @@ def _run_piece(
     state: FederationState,
     data: FederatedData,
     weights: jax.Array | None,
+    drop_rate: jax.Array | None,
     count: jax.Array,
 ) -> tuple[FederationState, Metrics]:
     """Run some rounds, at most `every`.
@@ -351,7 +532,7 @@ def _run_piece(
     Their number is an argument of one program: in another one, XLA may fuse, and so
     round, another way, and a run cut in two would differ from one that is whole.
     """
-    advance = federation.rounds(data, participants, weights, evaluate)
+    advance = federation.rounds(data, participants, weights, drop_rate, evaluate)
     shapes = jax.eval_shape(advance, state)[1]
     empty = jax.tree.map(lambda leaf: jnp.zeros((every, *leaf.shape), leaf.dtype), shapes)
 

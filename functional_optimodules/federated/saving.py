@@ -5,6 +5,9 @@
  "server": {variable: array or {path: array}},
  "clients": [...], "bank": {variable: array with a leading axis of these clients}}
 
+and, where there is such, "stats" (the model's state) and "aggregation" (what the
+aggregation keeps), each {path: array}.
+
 Clients' rows are written by client, so that a state may be restored on another
 number of devices. Of several processes each writes its own clients' rows, and
 reads them again.
@@ -19,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from functional_optimodules.config.fields import differences, require_keys
+from functional_optimodules.config.fields import differences, require_keys, to_json
 from functional_optimodules.federated.placement import mesh_of, replicate
-from functional_optimodules.federated.state import FederationState, own_sides
+from functional_optimodules.federated.state import FederationState, Sides, own_sides
 from functional_optimodules.optimizer import Optimizer
 from functional_optimodules.random.keys import is_key
 from functional_optimodules.stateful.compiled import layout_of
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
 _KEYS = ("federation", "num_clients", "round", "key", "params", "values", "server", "clients", "bank")
 _FIELDS = ("batch_size", "epochs", "remainder", "weighting", "sampling", "on_nonfinite")
+# What federations have not always had is written where it is not as it always was.
+_LATER = {"steps": None, "coin": None, "local": [], "uplink": [], "aggregation": ["mean", {}]}
 _SAVED = "Federation: the saved state"
 
 
@@ -48,6 +53,8 @@ def _describe(federation: "Federation") -> dict[str, Json]:
             return optimizer.state_name()
 
     fields = {name: getattr(federation, name) for name in _FIELDS}
+    later = {name: to_json(getattr(federation, name)) for name in _LATER}
+    fields |= {name: value for name, value in later.items() if value != _LATER[name]}
     loss = getattr(federation.loss_fn, "__name__", None)
     return {"loss_fn": loss, "client": config(federation.client), "server": config(federation.server), **fields}
 
@@ -55,7 +62,7 @@ def _describe(federation: "Federation") -> dict[str, Json]:
 def encode(federation: "Federation", state: FederationState) -> dict[str, Json]:
     """Write a state; see `Federation.encode`."""
     sides = own_sides(federation, state)
-    specs = Specs.of(state.params)
+    specs, shared = Specs.of(state.params), Specs.of(sides.params.shared(state.params))
     clients = _own_clients(state)
     slots = np.asarray(state.slots)[clients]
     rows = sides.parts(_as_keys(_host(leaf)[slots], leaf) for leaf in state.bank)
@@ -67,17 +74,26 @@ def encode(federation: "Federation", state: FederationState) -> dict[str, Json]:
         "key": encode_array(state.key),
         "params": specs.to_json(),
         "values": encode_tree(state.params, specs),
-        "server": layout_of(federation.server, specs.flat()).encode(state.server, specs),
+        "server": layout_of(federation.server, shared.flat()).encode(state.server, shared),
         "clients": clients,
         "bank": {name: encode_array(leaf) for name, leaf in _leaves(parts).items()},
+        **{name: encode_tree(tree, Specs.of(tree)) for name, tree in _extras(sides, state).items()},
     }
+
+
+def _extras(sides: Sides, state: FederationState) -> dict[str, PyTree]:
+    """Return what only some federations have, by name."""
+    extras = {"stats": state.stats, "aggregation": sides.client.portable(state.aggregation)}
+    return {name: tree for name, tree in extras.items() if jax.tree.leaves(tree)}
 
 
 def decode(federation: "Federation", payload: Json, like: FederationState) -> FederationState:
     """Read a state; see `Federation.decode`."""
     if not isinstance(payload, Mapping):
         raise ValueError(f"Federation: a saved state is a mapping, not {type(payload).__name__}")
-    require_keys(payload, _KEYS, _SAVED)
+    sides = own_sides(federation, like)
+    extras = _extras(sides, like)
+    require_keys(payload, (*_KEYS, *extras), _SAVED)
     for field, was, mine in differences(payload["federation"], _describe(federation)):
         raise ValueError(f"{_SAVED} is of another federation: {field} was {was!r}, and is {mine!r} here")
     number, total = payload["round"], payload["num_clients"]
@@ -87,25 +103,34 @@ def decode(federation: "Federation", payload: Json, like: FederationState) -> Fe
         raise ValueError(f"Federation: num_clients={total!r} was saved, and is {like.num_clients} here")
     specs = Specs.of(like.params)
     specs.require_same(specs_from_json(payload["params"], _SAVED), _SAVED)
-    by_path, what = specs.by_path, "Federation: the parameters"
-    values = decode_tree(payload["values"], specs, lambda path, array, at: decode_like(array, by_path[path], at), what)
-    server = layout_of(federation.server, specs.flat())
+
+    def read(key: str, specs: Specs, what: str) -> PyTree:
+        by_path = specs.by_path
+        leaf = lambda path, array, at: decode_like(array, by_path[path], at)  # noqa: E731
+        return decode_tree(payload[key], specs, leaf, f"Federation: {what}")
+
+    shared = Specs.of(sides.params.shared(like.params))
+    others = {name: read(name, Specs.of(tree), f"the {name}") for name, tree in extras.items()}
+    if "aggregation" in others:
+        others["aggregation"] = sides.client.adopt(others["aggregation"], like.aggregation)
     new = like._replace(
-        params=values,
-        server=server.decode(payload["server"], specs, "Federation: the server's state"),
+        params=read("values", specs, "the parameters"),
+        server=layout_of(federation.server, shared.flat()).decode(
+            payload["server"], shared, "Federation: the server's state"
+        ),
+        **others,
         round=jnp.int32(number),
         key=decode_like(payload["key"], Spec(like.key.shape, like.key.dtype), "Federation: the key"),
         bank=[],
     )
-    bank = _decode_bank(federation, payload, like)
+    bank = _decode_bank(sides, payload, like)
     return replicate(new, mesh_of(federation.mapping))._replace(bank=bank)
 
 
-def _decode_bank(federation: "Federation", payload: Mapping[str, Json], like: FederationState) -> list[jax.Array]:
+def _decode_bank(sides: Sides, payload: Mapping[str, Json], like: FederationState) -> list[jax.Array]:
     clients, bank = payload["clients"], payload["bank"]
     if not isinstance(clients, list) or not all(type(client) is int for client in clients):
         raise ValueError(f"{_SAVED}'s 'clients' should be a list of numbers")
-    sides = own_sides(federation, like)
     models = {name: jax.eval_shape(sides.client.portable, part) for name, part in sides.kept.items()}
     specs = _leaves(models)
     if not isinstance(bank, Mapping) or set(bank) != set(specs):

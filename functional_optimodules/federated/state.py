@@ -7,8 +7,9 @@ FedProx reference is set as the round begins, and a constant rate reads no clock
 """
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import jax
@@ -16,20 +17,22 @@ import jax.numpy as jnp
 
 from functional_optimodules.aux_var import AuxVar, FromServer
 from functional_optimodules.config.fields import differences
+from functional_optimodules.contract import KNOWN
 from functional_optimodules.dependence import sources
 from functional_optimodules.federated.batches import check_batches
 from functional_optimodules.federated.checks import require_clients
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.execution import Rows
+from functional_optimodules.federated.parts import Split, on_shared, own_paths
 from functional_optimodules.federated.placement import SPLIT, mesh_of, mesh_size, replicate, sharding
-from functional_optimodules.optimizer import OptimizerState
+from functional_optimodules.optimizer import Optimizer, OptimizerState
 from functional_optimodules.packing.adapter import Adapter, adapted
 from functional_optimodules.packing.policy import worthwhile
 from functional_optimodules.packing.tree import Packing
 from functional_optimodules.random.keys import shapes_only
-from functional_optimodules.types import Params, PyTree
+from functional_optimodules.types import Params, PyTree, Updates
 from functional_optimodules.wire.layout import Layout
-from functional_optimodules.wire.paths import Specs, keystr
+from functional_optimodules.wire.paths import PathTree, Specs, keystr
 
 if TYPE_CHECKING:
     from functional_optimodules.federated.federation import Federation
@@ -42,22 +45,29 @@ class MadeFor:
 
     client: str
     server: str
+    uplink: str
+    aggregation: str
+    local: tuple[str, ...]
 
 
 class FederationState(NamedTuple):
     """State of a federation.
 
     Attributes:
-      params: the parameters.
+      params: the parameters; of those that each client keeps for itself, what a client
+        starts from.
       server: state of the server's optimizer.
-      bank: what each client's optimizer keeps between rounds: a list of arrays
-        with a leading axis of slots, empty for clients that keep nothing.
+      bank: what each client keeps between rounds: a list of arrays with a leading axis
+        of slots, empty for clients that keep nothing.
       slots: int32[N], the slot of each client; empty as the bank is.
       num_clients: int32 scalar, N.
       round: int32 scalar, how many rounds were run.
       key: typed PRNG key that every draw comes from, by round and client.
       packing: how clients pack the parameters, and the bank is packed; no array.
-      made_for: the optimizers that it was made for; no array.
+      made_for: what it was made for; no array.
+      stats: the model's state that no gradient trains, such as statistics of batches;
+        `None` for a model without.
+      aggregation: what the aggregation keeps between rounds.
     """
 
     params: Params
@@ -69,9 +79,27 @@ class FederationState(NamedTuple):
     key: jax.Array
     packing: Packing | None
     made_for: MadeFor
+    stats: PyTree = None
+    aggregation: PyTree = ()
 
 
 Side = Adapter[OptimizerState]
+
+
+class Own(NamedTuple):
+    """What one client has in a round.
+
+    Attributes:
+      client: the state of its optimizer.
+      uplink: the state of the uplink's.
+      params: its own parameters, by path; empty where all are shared.
+      stats: its own part of the model's state, by path.
+    """
+
+    client: OptimizerState
+    uplink: OptimizerState
+    params: PathTree
+    stats: PathTree
 
 
 class Sides(NamedTuple):
@@ -79,14 +107,20 @@ class Sides(NamedTuple):
 
     Attributes:
       client: the clients' optimizer.
-      server: the server's.
-      layout: the parts of a client's state.
+      uplink: what becomes of a client's delta.
+      server: the server's optimizer.
+      params: which parameters are shared.
+      stats: which parts of the model's state are.
+      layouts: the parts of the states of client and uplink.
       kept: the shapes of each part that outlives a round, by name.
     """
 
     client: Side
+    uplink: Side
     server: Side
-    layout: Layout
+    params: Split
+    stats: Split
+    layouts: tuple[Layout, Layout]
     kept: dict[str, PyTree]
 
     def broadcast(self, state: OptimizerState) -> dict[str, FromServer]:
@@ -94,53 +128,129 @@ class Sides(NamedTuple):
         sent = cast(dict[str, FromServer], self.server.collect(state))
         return {name: aux.map_shaped(self.client.hold) for name, aux in sent.items()}
 
-    def row(self, state: OptimizerState) -> Rows:
-        """Return what is kept of a client's state: its row of the bank."""
-        return jax.tree.leaves([value for name, _, value in self.layout.split(state) if name in self.kept])
+    def hear(self, broadcast: Mapping[str, FromServer], who: int | jax.Array, own: Own, params: Params) -> Own:
+        """Begin the round of a client, with what the server sends."""
+        sent: dict[str, AuxVar] = {name: aux.narrow(who) for name, aux in broadcast.items()}
+        states = []
+        for side, state, held in ((self.client, own.client, params), (self.uplink, own.uplink, self.shared(params))):
+            mine = {name: aux for name, aux in sent.items() if name in side.brick.channels()}
+            states.append(side.process(mine, side.begin_round(state, held)))
+        return own._replace(client=states[0], uplink=states[1])
+
+    def report(self, own: Own) -> dict[str, AuxVar]:
+        """Return what a client sends at the end of its round, by name."""
+        return self.client.collect(own.client) | self.uplink.collect(own.uplink)
+
+    def commit(self, own: Own) -> Own:
+        """Return what a client has once that has arrived."""
+        return own._replace(client=self.client.commit(own.client), uplink=self.uplink.commit(own.uplink))
+
+    def metrics(self, own: Own) -> dict[str, jax.Array]:
+        """Return what the bricks of a client say of its round."""
+        sides = ("client", self.client.brick.metrics(own.client)), ("uplink", self.uplink.brick.metrics(own.uplink))
+        return {f"{side}/{name}": jnp.asarray(value) for side, found in sides for name, value in found.items()}
+
+    def shared(self, tree: PyTree) -> PyTree:
+        """Return what is shared of a tree that clients hold."""
+        return self.params.shared(tree) if self.params.own else tree
+
+    def whole(self, shared: PyTree, own: PathTree) -> PyTree:
+        """Return the parameters of a client, as it holds them, from those shared and its own."""
+        return self.client.hold(self.params.whole(shared, own)) if self.params.own else shared
+
+    def fresh(self, params: Params, stats: PyTree) -> Own:
+        """Return what a client has before its first round."""
+        held = self.client.hold(params)
+        mine = self.params.kept(params), self.stats.kept(stats)
+        return Own(self.client.init(held), self.uplink.init(self.shared(held)), *mine)
+
+    def row(self, own: Own) -> Rows:
+        """Return what is kept of what a client has: its row of the bank."""
+        return jax.tree.leaves([part for name, part in self._parts(own) if name in self.kept])
 
     def parts(self, row: Iterable[PyTree]) -> dict[str, PyTree]:
         """Return the parts that a row holds, by name."""
         leaves = iter(row)
         return {name: jax.tree.map(lambda _: next(leaves), part) for name, part in self.kept.items()}
 
-    def restored(self, row: Rows, fresh: OptimizerState) -> OptimizerState:
-        """Return a client's new state, with what was kept in its places."""
+    def restored(self, row: Rows, shared: Params) -> Own:
+        """Return what a client has as its round begins: all is new but what was kept."""
         kept = self.parts(row)
-        parts = [kept.get(name, value) for name, _, value in self.layout.split(fresh)]
-        return jax.tree.unflatten(self.layout.treedef, parts)
+        mine = kept.get("local/params", PathTree()), kept.get("local/stats", PathTree())
+        with shapes_only():
+            fresh = Own(self.client.init(self.whole(shared, mine[0])), self.uplink.init(shared), *mine)
+        parts = iter([kept.get(name, value) for name, value in self._parts(fresh)])
+        states = (jax.tree.unflatten(each.treedef, itertools.islice(parts, len(each.parts))) for each in self.layouts)
+        return Own(*states, *parts)
+
+    def _parts(self, own: Own) -> list[tuple[str, PyTree]]:
+        client, uplink = self.layouts
+        return [
+            *((name, value) for name, _, value in client.split(own.client)),
+            *((f"uplink/{name}", value) for name, _, value in uplink.split(own.uplink)),
+            ("local/params", own.params),
+            ("local/stats", own.stats),
+        ]
 
 
-def sides_of(federation: "Federation", params: Params, packing: Packing | None) -> Sides:
+def sides_of(federation: "Federation", params: Params, stats: PyTree, packing: Packing | None) -> Sides:
     """Return both sides, as they act on parameters, which clients pack in some way."""
-    client, server = adapted(federation.client, packing), adapted(federation.server)
+    own = own_paths(federation.local, params, stats)
+    brick, uplink = on_shared(federation.client, own), Optimizer(1.0, modules=federation.uplink)
+    split, by_path = Split.of(params, own), Specs.of(params).by_path
     with shapes_only():
-        sides = Sides(client, server, Layout(jax.eval_shape(federation.client.init, Specs.of(params).by_path)), {})
-        held, state = jax.eval_shape(client.hold, params), jax.eval_shape(client.init, params)
-        broadcast = jax.eval_shape(lambda params: sides.broadcast(server.init(params)), params)
-    return sides._replace(kept=_kept(sides, state, held, broadcast))
+        layouts = (
+            Layout(jax.eval_shape(brick.init, by_path)),
+            Layout(jax.eval_shape(uplink.init, Specs.of(split.shared(params)).by_path)),
+        )
+        sides = Sides(
+            client=adapted(brick, packing),
+            uplink=adapted(uplink, packing),
+            server=adapted(federation.server),
+            params=split,
+            stats=Split.of(stats, own),
+            layouts=layouts,
+            kept={},
+        )
+        shapes = jax.eval_shape(sides.fresh, params, stats)
+        held = jax.eval_shape(sides.client.hold, params)
+        broadcast = jax.eval_shape(lambda params: sides.broadcast(sides.server.init(split.shared(params))), params)
+        coin = jax.ShapeDtypeStruct((), jnp.float32)
+        known = {name: held if shaped else coin for name, shaped in KNOWN.items()}
+    return sides._replace(kept=_kept(sides, shapes, held, broadcast, known))
 
 
-def _kept(sides: Sides, state: OptimizerState, params: Params, broadcast: dict[str, FromServer]) -> dict[str, PyTree]:
-    """Return the parts of a client's state that must outlive a round, from the shapes of all that there is."""
-    client = sides.client
-    parts = [(name, value) for name, _, value in sides.layout.split(state)]
+def _kept(
+    sides: Sides, own: Own, params: Params, broadcast: dict[str, FromServer], known: dict[str, PyTree]
+) -> dict[str, PyTree]:
+    """Return the parts of what a client has that must outlive a round, from the shapes of all that there is."""
+    parts = sides._parts(own)
     part_of = [index for index, (_, value) in enumerate(parts) for _ in jax.tree.leaves(value)]
 
     def read(function: Callable[..., PyTree], *args: PyTree) -> tuple[list[set[int]], set[int]]:
-        """Return what each part of the state that a function makes is read from, and what all else is."""
+        """Return what each part of what a function makes is read from, and what all else is."""
         made, rest = [set[int]() for _ in parts], set[int]()
-        for leaf, found in enumerate(sources(function, state, *args)):
+        for leaf, found in enumerate(sources(function, own, *args)):
             (made[part_of[leaf]] if leaf < len(part_of) else rest).update(part_of[source] for source in found)
         return made, rest
 
-    def begin(state: OptimizerState, params: Params, broadcast: dict[str, FromServer]) -> OptimizerState:
-        own: dict[str, AuxVar] = {name: aux.narrow(0) for name, aux in broadcast.items()}
-        return client.process(own, client.begin_round(state, params))
+    def begin(own: Own, params: Params, broadcast: dict[str, FromServer]) -> Own:
+        return sides.hear(broadcast, 0, own, params)
+
+    def step(own: Own, params: Params, known: dict[str, PyTree]) -> tuple[Own, PyTree]:
+        asked = {name: known[name] for name in sides.client.brick.asks().step - {"lrate"}}
+        updates, state = sides.client.update(params, own.client, params, **asked)
+        return own._replace(client=state), updates
+
+    def finish(own: Own, params: Params, known: dict[str, PyTree]) -> tuple[Own, PyTree]:
+        updates, own = end_round(sides, own, sides.shared(params), sides.shared(params), known.get)
+        return sides.commit(own), (updates, sides.report(own), sides.metrics(own))
 
     starts, _ = read(begin, params, broadcast)
-    steps, stepped = read(lambda state, params: client.update(params, state, params)[::-1], params)
-    ends, sent = read(lambda state: (client.commit(state), client.collect(state)))
-    kept: set[int] = set()
+    steps, stepped = read(step, params, known)
+    ends, sent = read(finish, params, known)
+    mine = {len(parts) - 2, len(parts) - 1}
+    kept = {index for index in mine if jax.tree.leaves(parts[index][1])}
     while True:
         # Backwards through a round: what is read at its end, in any step, at its start.
         live = sent.union(stepped, *(ends[part] for part in kept))
@@ -152,7 +262,34 @@ def _kept(sides: Sides, state: OptimizerState, params: Params, broadcast: dict[s
         kept = before
 
 
-def make_state(federation: "Federation", params: Params, clients: int | FederatedData, seed: int) -> FederationState:
+def end_round(
+    sides: Sides, own: Own, updates: Updates, params: Params, known: Callable[[str], PyTree]
+) -> tuple[Updates, Own]:
+    """End a client's round: tell its bricks what they ask for, and take its updates through the uplink.
+
+    Args:
+      sides: both sides.
+      own: what it has after its last step.
+      updates: where the shared parameters were before the round less where they are.
+      params: these as they were before it.
+      known: `(name) -> value`, what is known of the round.
+    """
+    asked = {name: known(name) for name in sides.client.brick.asks().end}
+    client = sides.client.end_round(own.client, **asked)
+    if not cast(Optimizer, sides.uplink.brick).modules:
+        return updates, own._replace(client=client)
+    asked = {
+        name: sides.shared(known(name)) if KNOWN[name] else known(name)
+        for name in sides.uplink.brick.asks().step - {"lrate"}
+    }
+    sent, uplink = sides.uplink.update(updates, own.uplink, params, **asked)
+    # An optimizer's updates are minus what its modules make of the gradients.
+    return jax.tree.map(jnp.negative, sent), own._replace(client=client, uplink=uplink)
+
+
+def make_state(
+    federation: "Federation", params: Params, clients: int | FederatedData, seed: int, stats: PyTree
+) -> FederationState:
     """Make the state before any round; see `Federation.init`."""
     if isinstance(clients, FederatedData):
         check_batches(clients, federation.batch_size, federation.remainder)
@@ -164,14 +301,16 @@ def make_state(federation: "Federation", params: Params, clients: int | Federate
         raise ValueError(f"Federation: clients={clients!r} should be their data, or their number of at least 1")
     require_clients(federation.server, total)
     _require_trained(params)
+    _require_averaged(federation, params, stats)
     mesh = mesh_of(federation.mapping)
-    # By the shapes alone: clients' work is laid out by the mesh, wherever the parameters come from.
-    packing = worthwhile(jax.eval_shape(lambda tree: tree, params))
-    sides = sides_of(federation, params, packing)
-    client = sides.client
+    # By the shapes alone: clients' work is laid out by the mesh, wherever the parameters come from. Who keeps
+    # parameters for himself takes the tree apart.
+    packing = None if federation.local else worthwhile(jax.eval_shape(lambda tree: tree, params))
+    sides = sides_of(federation, params, stats, packing)
+    shared = sides.params.shared(params)
     state = FederationState(
         params=params,
-        server=sides.server.init(params),
+        server=sides.server.init(shared),
         bank=[],
         slots=slots if sides.kept else slots[:0],
         num_clients=jnp.int32(total),
@@ -179,11 +318,29 @@ def make_state(federation: "Federation", params: Params, clients: int | Federate
         key=jax.random.key(seed),
         packing=packing,
         made_for=_made_for(federation),
+        stats=stats,
+        aggregation=federation.aggregation.init(sides.client.hold(shared)),
     )
-    state, first = replicate((state, client.init(client.hold(params))), mesh)
-    rows = jax.vmap(lambda first, identity: sides.row(client.fold_in(first, identity)), (None, 0))
+    state, first = replicate((state, sides.fresh(params, stats)), mesh)
+
+    def row(first: Own, identity: jax.Array) -> Rows:
+        folded = sides.client.fold_in(first.client, identity), sides.uplink.fold_in(first.uplink, identity)
+        return sides.row(Own(*folded, first.params, first.stats))
+
     ids = jnp.pad(ids, (0, -ids.shape[0] % mesh_size(mesh)), constant_values=ids.shape[0])
-    return state._replace(bank=jax.jit(rows, out_shardings=sharding(mesh, SPLIT))(first, ids))
+    return state._replace(bank=jax.jit(jax.vmap(row, (None, 0)), out_shardings=sharding(mesh, SPLIT))(first, ids))
+
+
+def _require_averaged(federation: "Federation", params: Params, stats: PyTree) -> None:
+    """Raise a `ValueError` for what stands in a model's state, is shared, and has no mean."""
+    own = own_paths(federation.local, params, stats)
+    specs = Specs.of(stats)
+    for path, leaf in specs.by_path.items():
+        if path not in own and not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise ValueError(
+                f"Federation: in the model's state, {path!r} is of {leaf.dtype}, which has no mean: leave it out, or "
+                f"let each client keep its own by local=[{path!r}]"
+            )
 
 
 def _require_trained(params: Params) -> None:
@@ -201,7 +358,14 @@ def _require_trained(params: Params) -> None:
 
 
 def _made_for(federation: "Federation") -> MadeFor:
-    return MadeFor(federation.client.state_name(), federation.server.state_name())
+    uplink = " ".join(module.state_name() for module in federation.uplink)
+    return MadeFor(
+        federation.client.state_name(),
+        federation.server.state_name(),
+        uplink,
+        federation.aggregation.name,
+        federation.local,
+    )
 
 
 def own_sides(federation: "Federation", state: FederationState) -> Sides:
@@ -210,15 +374,29 @@ def own_sides(federation: "Federation", state: FederationState) -> Sides:
     Raises:
       ValueError: if the state was made for another federation, naming what differs.
     """
-    sides = sides_of(federation, state.params, state.packing)
-    with shapes_only():
-        server = jax.eval_shape(sides.server.init, state.params)
     kept = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in state.bank]
     try:
         for side, was, now in differences(vars(state.made_for), vars(_made_for(federation))):
             raise ValueError(f"{side} was {was!r}, and is {now!r} here")
+        sides = sides_of(federation, state.params, state.stats, state.packing)
+        with shapes_only():
+            server = jax.eval_shape(lambda params: sides.server.init(sides.params.shared(params)), state.params)
         Specs.of(server).require_tree(state.server, "the server's state")
         Specs.of(jax.tree.leaves(list(sides.kept.values()))).require_same(Specs.of(kept), "what a client keeps")
     except ValueError as error:
         raise ValueError(f"Federation: the state is of another federation: {error}: make one with `init`") from None
     return sides
+
+
+def client_model(federation: "Federation", state: FederationState, client: int | None) -> tuple[Params, PyTree]:
+    """Return the parameters and the model's state, the server's or a client's."""
+    if client is None:
+        return state.params, state.stats
+    total = int(state.num_clients)
+    if type(client) is not int or not 0 <= client < total:
+        raise ValueError(f"Federation: client={client!r} should be one of the {total} clients, from 0")
+    sides = own_sides(federation, state)
+    row = sides.parts(leaf[state.slots[client]] for leaf in state.bank)
+    parts = (sides.params, state.params, "local/params"), (sides.stats, state.stats, "local/stats")
+    params, stats = (split.whole(split.shared(tree), row.get(name, {})) for split, tree, name in parts)
+    return params, stats

@@ -1,0 +1,143 @@
+"""What of a model all clients share, and what each keeps for itself.
+
+Parts of the parameters, or of the model's state, that are a client's own are found by
+patterns over their paths. They are neither sent nor averaged: FedPer keeps a head,
+FedBN the scales, offsets and statistics of batch normalization.
+
+References:
+  Arivazhagan et al., "Federated learning with personalization layers", arXiv:1912.00818.
+  Li et al., "FedBN: federated learning on non-IID features via local batch
+  normalization", ICLR 2021, arXiv:2102.07623.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+
+from functional_optimodules.aux_var import AuxVar
+from functional_optimodules.brick import OptiModule
+from functional_optimodules.contract import KNOWN, Asked, Contract
+from functional_optimodules.optimizer import Optimizer
+from functional_optimodules.packing.adapter import Adapter, adapted
+from functional_optimodules.types import Params, PyTree, Updates
+from functional_optimodules.wire.paths import PathTree, Specs, matching
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How a tree is parted. Where no leaf is a client's own, what is shared is the tree itself.
+
+    Attributes:
+      specs: the whole tree's container, paths and shapes.
+      own: the paths of the leaves that each client keeps for itself.
+    """
+
+    specs: Specs
+    own: frozenset[str]
+
+    @classmethod
+    def of(cls, tree: PyTree, own: frozenset[str]) -> Self:
+        """Return how a tree is parted whose leaves of such paths are a client's own."""
+        specs = Specs.of(tree)
+        return cls(specs, own.intersection(specs.paths))
+
+    def shared(self, tree: PyTree) -> PyTree:
+        """Return what is shared of a tree: the tree, or its leaves by path."""
+        return self._leaves(tree, mine=False) if self.own else tree
+
+    def kept(self, tree: PyTree) -> PathTree:
+        """Return the leaves of a tree that are a client's own, by path."""
+        return self._leaves(tree, mine=True) if self.own else PathTree()
+
+    def whole(self, shared: PyTree, kept: Mapping[str, PyTree]) -> PyTree:
+        """Put both parts together."""
+        return self.specs.tree({**shared, **kept}) if self.own else shared
+
+    def _leaves(self, tree: PyTree, mine: bool) -> PathTree:
+        leaves = zip(self.specs.paths, self.specs.leaves_of(tree), strict=True)
+        return PathTree({path: leaf for path, leaf in leaves if (path in self.own) is mine})
+
+
+def own_paths(patterns: tuple[str, ...], params: Params, stats: PyTree) -> frozenset[str]:
+    """Return the paths, of parameters and of a model's state, that some patterns match.
+
+    Raises:
+      ValueError: if a pattern matches no path, or no parameter is left to share.
+    """
+    if not patterns:
+        return frozenset()
+    trained = Specs.of(params).paths
+    found = matching(patterns, (*trained, *Specs.of(stats).paths), "Federation: local")
+    if found.issuperset(trained):
+        raise ValueError(f"Federation: local={list(patterns)} leaves no parameter for clients to share")
+    return found
+
+
+def on_shared(client: Optimizer, own: frozenset[str]) -> Optimizer:
+    """Return a clients' optimizer of which the modules that talk to the server act on what is shared alone."""
+    if not own:
+        return client
+    talk = tuple(_OnShared(each, tuple(sorted(own))) if each.channels() else each for each in client.modules)
+    return dataclasses.replace(client, modules=talk)
+
+
+class _OnShared(OptiModule[Any], register=False):
+    """A module that acts on what all clients share, and leaves alone what each keeps for itself.
+
+    Attributes:
+      module: the module.
+      own: the paths of what it leaves alone.
+    """
+
+    module: OptiModule
+    own: tuple[str, ...]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The module's."""
+        return self.module.name
+
+    @property
+    def _adapter(self) -> Adapter[Any]:
+        return adapted(self.module)
+
+    def _shared(self, tree: PyTree) -> PyTree:
+        return tree if tree is None else Split.of(tree, frozenset(self.own)).shared(tree)
+
+    def _known(self, known: dict[str, PyTree]) -> dict[str, PyTree]:
+        return {name: self._shared(value) if KNOWN.get(name) else value for name, value in known.items()}
+
+    def init(self, params: Params) -> Any:
+        return self._adapter.init(self._shared(params))
+
+    def update(self, updates: Updates, state: Any, params: Params = None, **extra_args: PyTree) -> tuple[Updates, Any]:
+        split = Split.of(updates, frozenset(self.own))
+        known = self._known(extra_args)
+        shared, state = self._adapter.update(split.shared(updates), state, self._shared(params), **known)
+        return split.whole(shared, split.kept(updates)), state
+
+    def begin_round(self, state: Any, params: Params = None) -> Any:
+        return self._adapter.begin_round(state, self._shared(params))
+
+    def end_round(self, state: Any, **known: PyTree) -> Any:
+        return self._adapter.end_round(state, **self._known(known))
+
+    def asks(self) -> Asked:
+        return self.module.asks()
+
+    def collect(self, state: Any) -> dict[str, AuxVar]:
+        return self._adapter.collect(state)
+
+    def commit(self, state: Any) -> Any:
+        return self._adapter.commit(state)
+
+    def process(self, aux: dict[str, AuxVar], state: Any) -> Any:
+        return self._adapter.process(aux, state)
+
+    def metrics(self, state: Any) -> Mapping[str, jax.Array]:
+        return self.module.metrics(state)
+
+    def channels(self) -> Mapping[str, Contract]:
+        return self.module.channels()
