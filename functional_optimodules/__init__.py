@@ -9,11 +9,16 @@ from functional_optimodules.aux_var import FromClients, FromServer, Max, Min, Pe
 from functional_optimodules.brick import OptiModule, Regularizer, list_optim_modules, list_optim_regularizers
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.modules.adaptive import AdaGradModule, AdamModule, RMSPropModule, YogiModule
+from functional_optimodules.modules.adaptive_clipping import AdaptiveClippingClientModule, AdaptiveClippingServerModule
 from functional_optimodules.modules.clipping import L2Clipping, L2GlobalClipping
+from functional_optimodules.modules.fedacg import FedACGModule
+from functional_optimodules.modules.fedexp import FedExPClientModule, FedExPServerModule
+from functional_optimodules.modules.fedopt import FedAdagradModule, FedAdamModule, FedAvgMModule, FedYogiModule
 from functional_optimodules.modules.momentum import EWMAModule, MomentumModule, YogiMomentumModule
 from functional_optimodules.modules.noise import GaussianNoiseModule
 from functional_optimodules.modules.optax import OptaxModule
 from functional_optimodules.modules.scaffold import ScaffoldClientModule, ScaffoldServerModule
+from functional_optimodules.modules.tree_noise import TreeAggregationNoiseModule
 from functional_optimodules.optimizer import Optimizer
 from functional_optimodules.packing.policy import map_parameters, pack, set_small_leaf, small_leaf
 from functional_optimodules.packing.tree import Packed, unpack
@@ -41,6 +46,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaGradModule",
     "AdamModule",
+    "AdaptiveClippingClientModule",
+    "AdaptiveClippingServerModule",
     "Clock",
     "CosineAnnealing",
     "CosineAnnealingWarmRestarts",
@@ -48,7 +55,14 @@ __all__ = [
     "CyclicTriangular",
     "EWMAModule",
     "ExponentialDecay",
+    "FedACGModule",
+    "FedAdagradModule",
+    "FedAdamModule",
+    "FedAvgMModule",
+    "FedExPClientModule",
+    "FedExPServerModule",
     "FedProxRegularizer",
+    "FedYogiModule",
     "FromClients",
     "FromServer",
     "GaussianNoiseModule",
@@ -75,6 +89,7 @@ __all__ = [
     "ScaffoldServerModule",
     "Scalar",
     "Scheduler",
+    "TreeAggregationNoiseModule",
     "Warmup",
     "WarmupRounds",
     "YogiModule",

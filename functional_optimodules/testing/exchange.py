@@ -15,7 +15,17 @@ from functional_optimodules.packing.adapter import adapted
 from functional_optimodules.testing.check import check
 from functional_optimodules.testing.configs import through_json
 from functional_optimodules.testing.instances import instances
-from functional_optimodules.testing.trees import assert_same, assert_untouched, parameters, ran, randoms, stepped
+from functional_optimodules.testing.trees import (
+    assert_same,
+    assert_untouched,
+    collected,
+    end_round,
+    finish,
+    parameters,
+    ran,
+    randoms,
+    stepped,
+)
 from functional_optimodules.types import Json, PyTree
 from functional_optimodules.wire.messages import decode_message, encode_message, open_envelopes
 from functional_optimodules.wire.paths import Specs
@@ -77,6 +87,7 @@ def _from_server(client: OptiModule, params: PyTree) -> Json:
 def _collected(client: OptiModule, params: PyTree, seed: int) -> Json:
     client.setup(params)
     ran(client, randoms(params, seed), params)
+    finish(client, params)
     return client.collect_aux_var()
 
 
@@ -139,8 +150,8 @@ def check_exchange_is_as_simulated(brick: Peer) -> None:
         )
         assert_same(found, outputs, broken, close=True)
         assert_same(peer.state, state, broken, close=True)
-        peer._session.collect()
-        state = adapter.commit(state)
+        collected(peer, params)
+        state = adapter.commit(end_round(adapter, state, params))
 
 
 @check(Brick)
@@ -154,6 +165,7 @@ def check_facade_collects_the_same_again(brick: Peer) -> None:
     told.set_state(asked.get_state())
     for each in (asked, told):
         ran(each, randoms(params, 1), params)
+        finish(each, params)
         if each.serves():  # its broadcast would begin the round
             each.on_round_start()
     saved = asked.get_state()
@@ -178,7 +190,7 @@ def check_messages_survive_json(brick: Brick) -> None:
     sender.setup(params)
     deliver(sender, messages_for(brick, params))
     ran(sender, randoms(params, 1), params)
-    sent = sender._session.collect()
+    sent = collected(sender, params)
     for name, message in sent.items():
         sends = brick.channels()[name].sends
         assert sends is not None

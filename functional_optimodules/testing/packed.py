@@ -8,7 +8,14 @@ from functional_optimodules.packing.policy import pack
 from functional_optimodules.packing.tree import unpack
 from functional_optimodules.testing.check import check
 from functional_optimodules.testing.exchange import received
-from functional_optimodules.testing.trees import assert_same, compiled_step, leaves_without_keys, parameters, randoms
+from functional_optimodules.testing.trees import (
+    assert_same,
+    compiled_step,
+    end_round,
+    leaves_without_keys,
+    parameters,
+    randoms,
+)
 from functional_optimodules.types import Params, PyTree
 
 
@@ -36,6 +43,7 @@ def check_packed_is_as_unpacked(brick: Brick) -> None:
     def after(adapter: Adapter, state: PyTree, params: Params) -> Iterator[tuple[str, PyTree]]:
         yield "update", state
         yield "begin_round", adapter.begin_round(state, params)
+        yield "end_round", end_round(adapter, state, params)
         yield "collect", adapter.collect(state)
         yield "commit", adapter.commit(state)
         yield "process", adapter.process(auxes, state)

@@ -11,6 +11,7 @@ from functional_optimodules.testing.exchange import received
 from functional_optimodules.testing.trees import (
     assert_same,
     assert_same_specs,
+    end_round,
     leaves_without_keys,
     parameters,
     stepped,
@@ -27,6 +28,7 @@ def check_rounds_keep_structure(brick: Brick) -> None:
     made = {
         "begin_round(state, params)": brick.begin_round(state, params),
         "begin_round(state)": brick.begin_round(state),
+        "end_round(state)": end_round(brick, state, params),
         "commit(state)": brick.commit(state),
         "fold_in(state, 1)": brick.fold_in(state, 1),
     }

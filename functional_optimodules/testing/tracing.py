@@ -10,7 +10,7 @@ from functional_optimodules.brick import Brick
 from functional_optimodules.packing.adapter import adapted
 from functional_optimodules.testing.check import check
 from functional_optimodules.testing.exchange import received
-from functional_optimodules.testing.trees import assert_same, compiled_step, parameters, ran, randoms, stepped
+from functional_optimodules.testing.trees import assert_same, compiled_step, parameters, ran, randoms, stepped, update
 from functional_optimodules.types import PyTree
 
 
@@ -23,7 +23,7 @@ def check_jit_equals_eager(brick: Brick) -> None:
     state = compiled.state
     for seed in (1, 2):
         gradients = randoms(params, seed)
-        eager, state = brick.update(gradients, state, params)
+        eager, state = update(brick, gradients, state, params)
         assert_same(ran(compiled, gradients, params), eager, f"`update` differs {broken}", close=True)
     assert_same(compiled.state, state, f"the state differs {broken}", close=True)
 
@@ -34,7 +34,8 @@ def check_vmap_over_clients(brick: Brick) -> None:
     params = parameters()
     states = [brick.fold_in(brick.init(params), client) for client in range(3)]
     gradients = [randoms(params, client) for client in range(3)]
-    together = jax.jit(jax.vmap(brick.bare().update, in_axes=(0, 0, None)))(_stack(gradients), _stack(states), params)
+    mapped = jax.vmap(functools.partial(update, brick.bare()), in_axes=(0, 0, None))
+    together = jax.jit(mapped)(_stack(gradients), _stack(states), params)
     alone = [compiled_step(brick.bare(), g, s, params) for g, s in zip(gradients, states, strict=True)]
     assert_same(together, _stack(alone), "under vmap, clients differ from what each gets alone", close=True)
 
@@ -51,7 +52,7 @@ def check_scan_equals_loop(brick: Brick) -> None:
     gradients = [randoms(params, seed) for seed in range(3)]
 
     def body(carry: PyTree, updates: PyTree) -> PyTree:
-        output, carry = brick.update(updates, carry, params)
+        output, carry = update(brick, updates, carry, params)
         return carry, output
 
     last, scanned = jax.jit(lambda state, xs: jax.lax.scan(body, state, xs))(state, _stack(gradients))
@@ -68,7 +69,7 @@ def check_traced_once(brick: Brick) -> None:
     @functools.partial(jax.jit, static_argnums=0)
     def step(brick: Brick, updates: PyTree, state: PyTree, params: PyTree) -> PyTree:
         traces.append(brick)
-        return brick.update(updates, state, params)
+        return update(brick, updates, state, params)
 
     params = parameters()
     auxes = received(brick, params)
@@ -93,7 +94,7 @@ def check_strict_promotion(brick: Brick) -> None:
         auxes = received(brick, params)
         with jax.numpy_dtype_promotion("strict"):
             state = brick.init(params)
-            jax.eval_shape(brick.update, params, state, params)
+            jax.eval_shape(functools.partial(update, brick), params, state, params)
             jax.eval_shape(brick.begin_round, state, params)
             jax.eval_shape(lambda state: (adapted(brick).collect(state), adapted(brick).commit(state)), state)
             if auxes:

@@ -11,11 +11,14 @@ import numpy as np
 from flax import nnx
 from flax.core import FrozenDict
 
-from functional_optimodules.brick import Brick
+from functional_optimodules.brick import Brick, OptiModule
+from functional_optimodules.contract import KNOWN
+from functional_optimodules.numerics import wide
 from functional_optimodules.optimizer import Optimizer
 from functional_optimodules.packing.adapter import Adapter
+from functional_optimodules.packing.tree import unpack
 from functional_optimodules.random.keys import is_key
-from functional_optimodules.types import HostArray, Leaf, PyTree
+from functional_optimodules.types import HostArray, Json, Leaf, PyTree
 from functional_optimodules.wire.paths import keystr
 
 
@@ -59,10 +62,31 @@ def randoms(like: PyTree, seed: int) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.asarray(generator.standard_normal(leaf.shape), leaf.dtype), like)
 
 
+_NUMBERS = {"num_steps": jnp.int32(3), "examples": 6.0, "weight": 2.0, "joined": 2.0, "coin": 0.25, "lrate": 0.1}
+
+
+def known(names: Iterable[str], params: PyTree) -> dict[str, PyTree]:
+    """Return what a brick may ask for by these names, about some parameters: always the same."""
+    like = jax.tree.map(wide, unpack(params))
+    return {name: randoms(like, 7) if KNOWN.get(name) else jnp.asarray(_NUMBERS.get(name, 1.0)) for name in names}
+
+
+def update(brick: Brick | Adapter, updates: PyTree, state: PyTree, params: PyTree) -> PyTree:
+    """Run a brick's `update`, with what it asks for."""
+    asked = (brick.brick if isinstance(brick, Adapter) else brick).asks()
+    return brick.update(updates, state, params, **known(asked.step, params))
+
+
+def end_round(brick: Brick | Adapter, state: PyTree, params: PyTree) -> PyTree:
+    """Run a brick's `end_round`, with what it asks for."""
+    asked = (brick.brick if isinstance(brick, Adapter) else brick).asks()
+    return brick.end_round(state, **known(asked.end, params))
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def donating_step(brick: Brick | Adapter, updates: PyTree, state: PyTree, params: PyTree) -> PyTree:
     """Run a brick's `update`, which may write over the state; the checks of a brick share its compilation."""
-    return brick.update(updates, state, params)
+    return update(brick, updates, state, params)
 
 
 def compiled_step(brick: Brick | Adapter, updates: PyTree, state: PyTree, params: PyTree) -> PyTree:
@@ -81,7 +105,22 @@ def stepped(brick: Brick, state: PyTree, params: PyTree, seeds: Iterable[int]) -
 
 def ran(brick: Brick, gradients: PyTree, params: PyTree) -> PyTree:
     """Call a brick's `run`. An `Optimizer` takes the parameters by name, a regularizer calls them `weights`."""
-    return brick.run(gradients, params=params) if isinstance(brick, Optimizer) else brick.run(gradients, params)
+    asked = known(brick.asks().step, params)
+    if isinstance(brick, Optimizer):
+        return brick.run(gradients, params=params, **asked)
+    return brick.run(gradients, params, **asked) if isinstance(brick, OptiModule) else brick.run(gradients, params)
+
+
+def collected(brick: Brick, params: PyTree) -> dict[str, Json]:
+    """Return what a brick's facade sends by `aux_name`, once it was told of its round's end what it asks for."""
+    finish(brick, params)
+    return brick._session.collect()
+
+
+def finish(brick: Brick, params: PyTree) -> None:
+    """Tell a brick's facade what it asks for at a round's end."""
+    if names := brick.asks().end:
+        brick.on_round_end(**known(names, params))
 
 
 def leaves_without_keys(state: PyTree) -> list[PyTree]:
