@@ -11,12 +11,14 @@ from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.modules.adaptive import AdaGradModule, AdamModule, RMSPropModule, YogiModule
 from functional_optimodules.modules.adaptive_clipping import AdaptiveClippingClientModule, AdaptiveClippingServerModule
 from functional_optimodules.modules.clipping import L2Clipping, L2GlobalClipping
+from functional_optimodules.modules.compression import QSGDModule, RandomKModule, SignModule, TopKModule
 from functional_optimodules.modules.fedacg import FedACGModule
 from functional_optimodules.modules.fedexp import FedExPClientModule, FedExPServerModule
 from functional_optimodules.modules.fedopt import FedAdagradModule, FedAdamModule, FedAvgMModule, FedYogiModule
 from functional_optimodules.modules.momentum import EWMAModule, MomentumModule, YogiMomentumModule
 from functional_optimodules.modules.noise import GaussianNoiseModule
 from functional_optimodules.modules.optax import OptaxModule
+from functional_optimodules.modules.powersgd import PowerSGDModule
 from functional_optimodules.modules.scaffold import ScaffoldClientModule, ScaffoldServerModule
 from functional_optimodules.modules.tree_noise import TreeAggregationNoiseModule
 from functional_optimodules.optimizer import Optimizer
@@ -82,13 +84,18 @@ __all__ = [
     "PerClient",
     "PiecewiseDecay",
     "PolynomialDecay",
+    "PowerSGDModule",
+    "QSGDModule",
     "RMSPropModule",
+    "RandomKModule",
     "Regularizer",
     "RidgeRegularizer",
     "ScaffoldClientModule",
     "ScaffoldServerModule",
     "Scalar",
     "Scheduler",
+    "SignModule",
+    "TopKModule",
     "TreeAggregationNoiseModule",
     "Warmup",
     "WarmupRounds",

@@ -86,7 +86,8 @@ def _evaluate(
         assert sides is not None
         own = sides.restored(row, shared.params)
         if not steps:
-            return sides.client.free(sides.whole(shared.params, own.params)), sides.stats.whole(shared.stats, own.stats)
+            params = sides.whole(shared.params, own, shared.round)
+            return sides.client.free(params), sides.stats.whole(shared.stats, own.stats)
         batches = walk(train, slot, federation.batch_size, federation.remainder, 1, shuffled=True)
         _, _, walked = walk_round(federation, sides, shared, own, batches._replace(total=shared.steps), train.ids[slot])
         return sides.client.free(walked.y), walked.stats

@@ -95,6 +95,11 @@ class Federation:
         config)` pair.
       local: patterns over the paths of parameters, and of the model's state, that each
         client keeps for itself: `head/**`, `**/norm*/*`.
+      fragments: patterns for each of some parts of the parameters that are shared by
+        turns, one in each round, while each client goes on with its own copy of the
+        others.
+      mixing: how much of its own copy of a fragment a client keeps where the shared one
+        comes back.
       sums_only: whether the server may see nothing but sums over clients, as where these
         are summed in secret: other aggregations are refused.
       eval_fn: the loss in its evaluation mode, without dropout and with the model's state
@@ -126,6 +131,8 @@ class Federation:
     uplink: tuple[OptiModule, ...] = ()
     aggregation: Aggregator = dataclasses.field(default_factory=MeanAggregator)
     local: tuple[str, ...] = ()
+    fragments: tuple[tuple[str, ...], ...] = ()
+    mixing: float = hyperparameter(default=0.0, within="[0, 1)")
     sums_only: bool = False
     eval_fn: LossFn | None = None
 
@@ -148,6 +155,8 @@ class Federation:
             uplink: Sequence[OptiModule | Named] = (),
             aggregation: Aggregator | Named = "mean",
             local: Sequence[str] = (),
+            fragments: Sequence[Sequence[str]] = (),
+            mixing: float = 0.0,
             sums_only: bool = False,
             eval_fn: LossFn | None = None,
         ) -> None: ...

@@ -4,10 +4,15 @@ Parts of the parameters, or of the model's state, that are a client's own are fo
 patterns over their paths. They are neither sent nor averaged: FedPer keeps a head,
 FedBN the scales, offsets and statistics of batch normalization.
 
+Fragments are shared by turns: in round r that of r mod P is sent and averaged, while
+each client goes on with its own copy of the others, as streaming DiLoCo does.
+
 References:
   Arivazhagan et al., "Federated learning with personalization layers", arXiv:1912.00818.
   Li et al., "FedBN: federated learning on non-IID features via local batch
   normalization", ICLR 2021, arXiv:2102.07623.
+  Douillard et al., "Streaming DiLoCo with overlapping communication: towards a
+  distributed free lunch", arXiv:2501.18512.
 """
 
 import dataclasses
@@ -15,10 +20,12 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 
 from functional_optimodules.aux_var import AuxVar
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.contract import KNOWN, Asked, Contract
+from functional_optimodules.numerics import wide
 from functional_optimodules.optimizer import Optimizer
 from functional_optimodules.packing.adapter import Adapter, adapted
 from functional_optimodules.types import Params, PyTree, Updates
@@ -52,12 +59,76 @@ class Split:
         return self._leaves(tree, mine=True) if self.own else PathTree()
 
     def whole(self, shared: PyTree, kept: Mapping[str, PyTree]) -> PyTree:
-        """Put both parts together."""
-        return self.specs.tree({**shared, **kept}) if self.own else shared
+        """Put both parts together; of what is kept, what is no client's own is passed over."""
+        return self.specs.tree({**shared, **{path: kept[path] for path in self.own}}) if self.own else shared
 
     def _leaves(self, tree: PyTree, mine: bool) -> PathTree:
         leaves = zip(self.specs.paths, self.specs.leaves_of(tree), strict=True)
         return PathTree({path: leaf for path, leaf in leaves if (path in self.own) is mine})
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """Which parameters are shared in which rounds.
+
+    Attributes:
+      specs: the parameters' container, paths and shapes.
+      turns: for each leaf the number of its fragment; `None` for what is shared in every round.
+      count: how many fragments there are.
+      mixing: how much of its own copy a client keeps where a fragment has come back.
+    """
+
+    specs: Specs
+    turns: tuple[int | None, ...]
+    count: int
+    mixing: float
+
+    @classmethod
+    def of(cls, params: Params, fragments: tuple[tuple[str, ...], ...], mixing: float) -> Self:
+        """Return the turns of parameters.
+
+        Raises:
+          ValueError: if a pattern matches no path, or two fragments share one.
+        """
+        specs = Specs.of(params)
+        found = [matching(patterns, specs.paths, "Federation: fragments") for patterns in fragments]
+        turn = {path: number for number, paths in enumerate(found) for path in paths}
+        if sum(map(len, found)) > len(turn):
+            path = next(path for path in turn if sum(path in paths for paths in found) > 1)
+            raise ValueError(f"Federation: {path!r} is in more than one of the fragments {list(map(list, fragments))}")
+        return cls(specs, tuple(turn.get(path) for path in specs.paths), len(found), mixing)
+
+    def kept(self, params: Params) -> PathTree:
+        """Return the leaves that have turns, by path: each client's own copies."""
+        leaves = zip(self.specs.paths, self.turns, self.specs.leaves_of(params), strict=True)
+        return PathTree({path: leaf for path, turn, leaf in leaves if turn is not None})
+
+    def merged(self, shared: Params, own: Mapping[str, PyTree], now: jax.Array, last: jax.Array) -> Params:
+        """Return what a client begins a round with.
+
+        Args:
+          shared: the parameters as they were sent.
+          own: its own copies, by path.
+          now: the number of the round.
+          last: the number of the last one that it took part in; 0 before the first.
+        """
+
+        def merge(path: str, turn: int | None, leaf: jax.Array) -> jax.Array:
+            if turn is None:
+                return leaf
+            # What came back since then, it has not got yet.
+            shared_in = now - 1 - (now - 1 - turn) % self.count
+            new = (self.mixing * wide(own[path]) + (1 - self.mixing) * wide(leaf)).astype(leaf.dtype)
+            return jnp.where(shared_in >= last, new, own[path])
+
+        leaves = zip(self.specs.paths, self.turns, self.specs.leaves_of(shared), strict=True)
+        return jax.tree.unflatten(self.specs.treedef, [merge(*each) for each in leaves])
+
+    def due(self, yes: PyTree, no: PyTree, now: jax.Array) -> PyTree:
+        """Return one tree where it is a leaf's turn, and another where it is not."""
+        both = zip(self.turns, self.specs.leaves_of(yes), self.specs.leaves_of(no), strict=True)
+        leaves = [a if turn is None else jnp.where(now % self.count == turn, a, b) for turn, a, b in both]
+        return jax.tree.unflatten(self.specs.treedef, leaves)
 
 
 def own_paths(patterns: tuple[str, ...], params: Params, stats: PyTree) -> frozenset[str]:

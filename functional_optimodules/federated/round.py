@@ -31,11 +31,15 @@ from functional_optimodules.federated.checks import Given, check_round
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.execution import Rows, chunk_size, run_participants
 from functional_optimodules.federated.loss import Averages, LossFn, Metrics, averaged, maskable
+from functional_optimodules.federated.parts import Turns
 from functional_optimodules.federated.placement import SPLIT, WHOLE
 from functional_optimodules.federated.state import FederationState, Own, Side, Sides, end_round, own_sides
 from functional_optimodules.numerics import cast_like, is_finite, where, wide
 from functional_optimodules.optimizer import OptimizerState
+from functional_optimodules.random.keys import shapes_only
 from functional_optimodules.types import Params, PyTree
+from functional_optimodules.wire.layout import Layout
+from functional_optimodules.wire.paths import Specs, is_path_tree
 from functional_optimodules.xla import long_axis_last
 
 if TYPE_CHECKING:
@@ -66,6 +70,7 @@ class Shared(NamedTuple):
       stats: the model's state, likewise.
       broadcast: the server's auxiliary variables by name, as clients hold them.
       key: the key of the round.
+      round: its number.
       coin: a number in [0, 1); `None` if nobody asks for it.
       steps: int32 scalar, how many local steps each takes; `None` for those of the epochs.
       mean_gradient: the participants' mean gradient at the parameters; `None` if nobody asks for it.
@@ -77,6 +82,7 @@ class Shared(NamedTuple):
     stats: PyTree
     broadcast: dict[str, FromServer]
     key: jax.Array
+    round: jax.Array
     coin: jax.Array | None
     steps: jax.Array | None
     mean_gradient: PyTree
@@ -95,6 +101,7 @@ def share(
         stats=sides.stats.shared(state.stats),
         broadcast=sides.broadcast(server),
         key=key,
+        round=state.round,
         coin=jax.random.uniform(_stream(key, state, 1)) if "coin" in _asked(sides) else None,
         steps=_draw_steps(federation, _stream(key, state, 2)),
         mean_gradient=None,
@@ -162,11 +169,13 @@ def run_round(
     joined = totals.each["joined"] > 0
     known["joined"] = jnp.sum(totals.each["joined"])
     asked = {name: known[name] for name in sides.server.brick.asks().step - {"lrate"}}
-    stepped = sides.server.apply(gradients, server, before, **asked)
+    params, moved = sides.server.apply(gradients, server, before, **asked)
+    if sides.turns is not None:
+        params, moved = _by_turns(federation, sides, state.round, (params, moved), (before, server))
     stats = None if state.stats is None else cast_like(totals.stats.mean(), shared.stats)
     # Where nobody joined there was no round for the server; the bank's rows are the old ones already.
     old = before, state.server, state.aggregation, shared.stats
-    params, server, aggregation, stats = where(jnp.any(joined), (*stepped, aggregation, stats), old)
+    params, server, aggregation, stats = where(jnp.any(joined), (params, moved, aggregation, stats), old)
     tell = {"round": state.round, "participants": participants, "finite": totals.each["finite"] > 0, "joined": joined}
     told = {f"server/{name}": jnp.asarray(value) for name, value in sides.server.brick.metrics(server).items()}
     state = state._replace(
@@ -178,6 +187,23 @@ def run_round(
         aggregation=aggregation,
     )
     return state, totals.each | tell | told
+
+
+def _by_turns(
+    federation: "Federation",
+    sides: Sides,
+    now: jax.Array,
+    new: tuple[Params, OptimizerState],
+    old: tuple[Params, OptimizerState],
+) -> tuple[Params, OptimizerState]:
+    """Return the server's parameters and state, of which only what is shared in this round has moved."""
+    turns = cast(Turns, sides.turns)
+    due = Turns.of(new[0], federation.fragments, turns.mixing).due
+    with shapes_only():
+        layout = Layout(jax.eval_shape(federation.server.init, Specs.of(new[0]).by_path))
+    both = zip(layout.split(new[1]), layout.split(old[1]), strict=True)
+    parts = [due(a, b, now) if is_path_tree(part) else a for (_, part, a), (_, _, b) in both]
+    return due(new[0], old[0], now), jax.tree.unflatten(layout.treedef, parts)
 
 
 def _aggregate(federation: "Federation", totals: "Totals", kept: PyTree) -> tuple[PyTree, PyTree]:
@@ -233,7 +259,7 @@ def full_gradient(
     federation: "Federation", sides: Sides, own: Own, shared: Shared, data: PyTree, index: jax.Array, slot: jax.Array
 ) -> PyTree:
     """Return the gradient of a client's mean loss at the server's parameters, in at least float32, as it holds them."""
-    params, stats = sides.whole(shared.params, own.params), sides.stats.whole(shared.stats, own.stats)
+    params, stats = sides.whole(shared.params, own, shared.round), sides.stats.whole(shared.stats, own.stats)
     batches = _batches(federation, shared, data, index, slot)
     if isinstance(data, FederatedData):
         batches = walk(data, slot, federation.batch_size, "mask", 1, shuffled=False)
@@ -285,10 +311,13 @@ def participate(
     }
     ended = own._replace(
         client=walked.state,
-        params=sides.params.kept(sides.client.free(walked.y)),
+        params=sides.mine(walked.y),
         stats=sides.stats.kept(walked.stats),
+        last=None if sides.turns is None else shared.round,
     )
     sent = sides.shared(delta)
+    if sides.turns is not None:
+        sent = sides.shared(sides.turns.due(delta, jax.tree.map(jnp.zeros_like, delta), shared.round))
     if federation.uplink or sides.client.brick.asks().end:
         updates, ended = end_round(
             sides, ended, jax.tree.map(jnp.negative, sent), shared.params, lambda name: known[name]()
@@ -318,7 +347,7 @@ def walk_round(
     federation: "Federation", sides: Sides, shared: Shared, own: Own, batches: Batches, who: jax.Array
 ) -> tuple[Params, Own, Walked]:
     """Take a client's local steps: return its parameters and what it has before them, and what is after them."""
-    start = sides.whole(shared.params, own.params)
+    start = sides.whole(shared.params, own, shared.round)
     own = sides.hear(shared.broadcast, who, own, start)
     stats = sides.stats.whole(shared.stats, own.stats)
     key = jax.random.fold_in(shared.key, who)

@@ -39,7 +39,15 @@ if TYPE_CHECKING:
 _KEYS = ("federation", "num_clients", "round", "key", "params", "values", "server", "clients", "bank")
 _FIELDS = ("batch_size", "epochs", "remainder", "weighting", "sampling", "on_nonfinite")
 # What federations have not always had is written where it is not as it always was.
-_LATER = {"steps": None, "coin": None, "local": [], "uplink": [], "aggregation": ["mean", {}]}
+_LATER: dict[str, Json] = {
+    "steps": None,
+    "coin": None,
+    "local": [],
+    "fragments": [],
+    "mixing": 0.0,
+    "uplink": [],
+    "aggregation": ["mean", {}],
+}
 _SAVED = "Federation: the saved state"
 
 

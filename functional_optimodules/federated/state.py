@@ -7,7 +7,6 @@ FedProx reference is set as the round begins, and a constant rate reads no clock
 """
 
 import dataclasses
-import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -23,7 +22,7 @@ from functional_optimodules.federated.batches import check_batches
 from functional_optimodules.federated.checks import require_clients
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.execution import Rows
-from functional_optimodules.federated.parts import Split, on_shared, own_paths
+from functional_optimodules.federated.parts import Split, Turns, on_shared, own_paths
 from functional_optimodules.federated.placement import SPLIT, mesh_of, mesh_size, replicate, sharding
 from functional_optimodules.optimizer import Optimizer, OptimizerState
 from functional_optimodules.packing.adapter import Adapter, adapted
@@ -48,6 +47,7 @@ class MadeFor:
     uplink: str
     aggregation: str
     local: tuple[str, ...]
+    fragments: tuple[tuple[str, ...], ...]
 
 
 class FederationState(NamedTuple):
@@ -94,12 +94,15 @@ class Own(NamedTuple):
       uplink: the state of the uplink's.
       params: its own parameters, by path; empty where all are shared.
       stats: its own part of the model's state, by path.
+      last: int32 scalar, the last round that it took part in, where parameters are
+        shared by turns; otherwise `None`.
     """
 
     client: OptimizerState
     uplink: OptimizerState
     params: PathTree
     stats: PathTree
+    last: jax.Array | None
 
 
 class Sides(NamedTuple):
@@ -111,6 +114,7 @@ class Sides(NamedTuple):
       server: the server's optimizer.
       params: which parameters are shared.
       stats: which parts of the model's state are.
+      turns: which parameters are shared by turns; `None` if none is.
       layouts: the parts of the states of client and uplink.
       kept: the shapes of each part that outlives a round, by name.
     """
@@ -120,6 +124,7 @@ class Sides(NamedTuple):
     server: Side
     params: Split
     stats: Split
+    turns: Turns | None
     layouts: tuple[Layout, Layout]
     kept: dict[str, PyTree]
 
@@ -154,15 +159,22 @@ class Sides(NamedTuple):
         """Return what is shared of a tree that clients hold."""
         return self.params.shared(tree) if self.params.own else tree
 
-    def whole(self, shared: PyTree, own: PathTree) -> PyTree:
+    def whole(self, shared: PyTree, own: Own, now: jax.Array) -> PyTree:
         """Return the parameters of a client, as it holds them, from those shared and its own."""
-        return self.client.hold(self.params.whole(shared, own)) if self.params.own else shared
+        whole = self.params.whole(shared, own.params)
+        return whole if self.turns is None else self.turns.merged(whole, own.params, now, cast(jax.Array, own.last))
+
+    def mine(self, params: Params) -> PathTree:
+        """Return a client's own parameters, by path, of those that it holds."""
+        params = self.client.free(params)
+        return PathTree(self.params.kept(params) | (self.turns.kept(params) if self.turns else {}))
 
     def fresh(self, params: Params, stats: PyTree) -> Own:
         """Return what a client has before its first round."""
         held = self.client.hold(params)
-        mine = self.params.kept(params), self.stats.kept(stats)
-        return Own(self.client.init(held), self.uplink.init(self.shared(held)), *mine)
+        states = self.client.init(held), self.uplink.init(self.shared(held))
+        last = None if self.turns is None else jnp.zeros((), jnp.int32)
+        return Own(*states, self.mine(held), self.stats.kept(stats), last)
 
     def row(self, own: Own) -> Rows:
         """Return what is kept of what a client has: its row of the bank."""
@@ -176,12 +188,17 @@ class Sides(NamedTuple):
     def restored(self, row: Rows, shared: Params) -> Own:
         """Return what a client has as its round begins: all is new but what was kept."""
         kept = self.parts(row)
-        mine = kept.get("local/params", PathTree()), kept.get("local/stats", PathTree())
+        params, stats = kept.get("local/params", PathTree()), kept.get("local/stats", PathTree())
         with shapes_only():
-            fresh = Own(self.client.init(self.whole(shared, mine[0])), self.uplink.init(shared), *mine)
-        parts = iter([kept.get(name, value) for name, value in self._parts(fresh)])
-        states = (jax.tree.unflatten(each.treedef, itertools.islice(parts, len(each.parts))) for each in self.layouts)
-        return Own(*states, *parts)
+            states = self.client.init(self.params.whole(shared, params)), self.uplink.init(shared)
+            fresh = Own(*states, params, stats, kept.get("local/last"))
+        parts = [kept.get(name, value) for name, value in self._parts(fresh)]
+        client, uplink = self.layouts
+        count = len(client.parts)
+        return fresh._replace(
+            client=jax.tree.unflatten(client.treedef, parts[:count]),
+            uplink=jax.tree.unflatten(uplink.treedef, parts[count : count + len(uplink.parts)]),
+        )
 
     def _parts(self, own: Own) -> list[tuple[str, PyTree]]:
         client, uplink = self.layouts
@@ -190,6 +207,7 @@ class Sides(NamedTuple):
             *((f"uplink/{name}", value) for name, _, value in uplink.split(own.uplink)),
             ("local/params", own.params),
             ("local/stats", own.stats),
+            ("local/last", own.last),
         ]
 
 
@@ -209,6 +227,7 @@ def sides_of(federation: "Federation", params: Params, stats: PyTree, packing: P
             server=adapted(federation.server),
             params=split,
             stats=Split.of(stats, own),
+            turns=Turns.of(params, federation.fragments, federation.mixing) if federation.fragments else None,
             layouts=layouts,
             kept={},
         )
@@ -249,7 +268,7 @@ def _kept(
     starts, _ = read(begin, params, broadcast)
     steps, stepped = read(step, params, known)
     ends, sent = read(finish, params, known)
-    mine = {len(parts) - 2, len(parts) - 1}
+    mine = {index for index, (name, _) in enumerate(parts) if name.startswith("local/")}
     kept = {index for index in mine if jax.tree.leaves(parts[index][1])}
     while True:
         # Backwards through a round: what is read at its end, in any step, at its start.
@@ -303,9 +322,10 @@ def make_state(
     _require_trained(params)
     _require_averaged(federation, params, stats)
     mesh = mesh_of(federation.mapping)
-    # By the shapes alone: clients' work is laid out by the mesh, wherever the parameters come from. Who keeps
-    # parameters for himself takes the tree apart.
-    packing = None if federation.local else worthwhile(jax.eval_shape(lambda tree: tree, params))
+    # By the shapes alone: clients' work is laid out by the mesh, wherever the parameters come from.
+    packing = worthwhile(jax.eval_shape(lambda tree: tree, params))
+    if federation.local or federation.fragments:  # the tree is taken apart by its leaves
+        packing = None
     sides = sides_of(federation, params, stats, packing)
     shared = sides.params.shared(params)
     state = FederationState(
@@ -325,7 +345,7 @@ def make_state(
 
     def row(first: Own, identity: jax.Array) -> Rows:
         folded = sides.client.fold_in(first.client, identity), sides.uplink.fold_in(first.uplink, identity)
-        return sides.row(Own(*folded, first.params, first.stats))
+        return sides.row(first._replace(client=folded[0], uplink=folded[1]))
 
     ids = jnp.pad(ids, (0, -ids.shape[0] % mesh_size(mesh)), constant_values=ids.shape[0])
     return state._replace(bank=jax.jit(jax.vmap(row, (None, 0)), out_shardings=sharding(mesh, SPLIT))(first, ids))
@@ -365,6 +385,7 @@ def _made_for(federation: "Federation") -> MadeFor:
         uplink,
         federation.aggregation.name,
         federation.local,
+        federation.fragments,
     )
 
 
@@ -397,6 +418,11 @@ def client_model(federation: "Federation", state: FederationState, client: int |
         raise ValueError(f"Federation: client={client!r} should be one of the {total} clients, from 0")
     sides = own_sides(federation, state)
     row = sides.parts(leaf[state.slots[client]] for leaf in state.bank)
-    parts = (sides.params, state.params, "local/params"), (sides.stats, state.stats, "local/stats")
-    params, stats = (split.whole(split.shared(tree), row.get(name, {})) for split, tree, name in parts)
+    trees = (state.params, "local/params"), (state.stats, "local/stats")
+    params, stats = (_with_leaves(tree, row.get(name, {})) for tree, name in trees)
     return params, stats
+
+
+def _with_leaves(tree: PyTree, leaves: Mapping[str, jax.Array]) -> PyTree:
+    specs = Specs.of(tree)
+    return specs.tree({**dict(zip(specs.paths, specs.leaves_of(tree), strict=True)), **leaves})
