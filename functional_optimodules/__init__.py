@@ -13,12 +13,18 @@ from functional_optimodules.modules.adaptive_clipping import AdaptiveClippingCli
 from functional_optimodules.modules.clipping import L2Clipping, L2GlobalClipping
 from functional_optimodules.modules.compression import QSGDModule, RandomKModule, SignModule, TopKModule
 from functional_optimodules.modules.fedacg import FedACGModule
+from functional_optimodules.modules.fedcm import FedCMClientModule, FedCMServerModule
+from functional_optimodules.modules.feddyn import FedDynClientModule, FedDynServerModule
 from functional_optimodules.modules.fedexp import FedExPClientModule, FedExPServerModule
+from functional_optimodules.modules.fednova import FedNovaClientModule, FedNovaServerModule
 from functional_optimodules.modules.fedopt import FedAdagradModule, FedAdamModule, FedAvgMModule, FedYogiModule
+from functional_optimodules.modules.mime import MimeClientModule, MimeLiteClientModule, MimeServerModule
 from functional_optimodules.modules.momentum import EWMAModule, MomentumModule, YogiMomentumModule
 from functional_optimodules.modules.noise import GaussianNoiseModule
 from functional_optimodules.modules.optax import OptaxModule
+from functional_optimodules.modules.personal import DittoRegularizer, FedRepModule, ditto_loss
 from functional_optimodules.modules.powersgd import PowerSGDModule
+from functional_optimodules.modules.scaffnew import ScaffnewModule
 from functional_optimodules.modules.scaffold import ScaffoldClientModule, ScaffoldServerModule
 from functional_optimodules.modules.tree_noise import TreeAggregationNoiseModule
 from functional_optimodules.optimizer import Optimizer
@@ -55,15 +61,23 @@ __all__ = [
     "CosineAnnealingWarmRestarts",
     "CyclicExpRange",
     "CyclicTriangular",
+    "DittoRegularizer",
     "EWMAModule",
     "ExponentialDecay",
     "FedACGModule",
     "FedAdagradModule",
     "FedAdamModule",
     "FedAvgMModule",
+    "FedCMClientModule",
+    "FedCMServerModule",
+    "FedDynClientModule",
+    "FedDynServerModule",
     "FedExPClientModule",
     "FedExPServerModule",
+    "FedNovaClientModule",
+    "FedNovaServerModule",
     "FedProxRegularizer",
+    "FedRepModule",
     "FedYogiModule",
     "FromClients",
     "FromServer",
@@ -74,6 +88,9 @@ __all__ = [
     "LassoRegularizer",
     "LinearDecay",
     "Max",
+    "MimeClientModule",
+    "MimeLiteClientModule",
+    "MimeServerModule",
     "Min",
     "MomentumModule",
     "OptaxModule",
@@ -90,6 +107,7 @@ __all__ = [
     "RandomKModule",
     "Regularizer",
     "RidgeRegularizer",
+    "ScaffnewModule",
     "ScaffoldClientModule",
     "ScaffoldServerModule",
     "Scalar",
@@ -101,6 +119,7 @@ __all__ = [
     "WarmupRounds",
     "YogiModule",
     "YogiMomentumModule",
+    "ditto_loss",
     "hyperparameter",
     "list_optim_modules",
     "list_optim_regularizers",

@@ -33,6 +33,13 @@ class Brick(Facade[State], kind="brick"):
         except TypeError:  # hyper-parameters that are being traced cannot be hashed, nor shared
             return _as_optax(self)
 
+    def require(self, params: Params) -> Params:
+        """Return the parameters, or raise a `ValueError` where there are none."""
+        if params is None:
+            run = "weights" if self._kind == "regularizer" else "params"
+            raise ValueError(f"{type(self).__name__} needs the parameters: pass `params` to `update`, `{run}` to `run`")
+        return params
+
 
 def _as_optax(brick: Brick) -> optax.GradientTransformationExtraArgs:
     adapter = adapted(brick)
@@ -102,14 +109,6 @@ class Regularizer(Brick[State], kind="regularizer"):
         """
         self.require(weights)
         return super().run(gradients, weights)
-
-    def require(self, params: Params) -> Params:
-        """Return the parameters, or raise a `ValueError` where there are none."""
-        if params is None:
-            raise ValueError(
-                f"{type(self).__name__} needs the parameters: pass `params` to `update`, `weights` to `run`"
-            )
-        return params
 
 
 def list_optim_modules() -> dict[str, type[OptiModule]]:

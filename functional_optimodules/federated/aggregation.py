@@ -385,7 +385,7 @@ class TrimmedMeanAggregator(StackAggregator):
 
     def aggregate(self, deltas: PyTree, weights: jax.Array) -> PyTree:
         present = weights > 0
-        # 0.29 of 100 is 29, whichever way the product is rounded.
+        # 0.42 of 150 is 63, also where float32 has a little less.
         cut = jnp.floor(self.share * jnp.sum(present, dtype=jnp.float32) + 1e-4).astype(jnp.int32)
         return _trimmed(deltas, present, cut)
 
@@ -437,7 +437,7 @@ def _mean_of_central(deltas: PyTree, present: jax.Array, attackers: int | jax.Ar
     """Return the mean of those that are there and have the lowest scores of Krum."""
     squares = _squared_distances(deltas, present)
     near = jnp.maximum(jnp.sum(present, dtype=jnp.int32) - attackers - 2, 1)
-    others = present[:, None] & present & ~jnp.eye(len(present), dtype=bool)
+    others = present & ~jnp.eye(len(present), dtype=bool)
     ranked = jnp.sort(jnp.where(others, squares, jnp.inf), axis=1)
     scores = jnp.sum(jnp.where(jnp.arange(len(present), dtype=jnp.int32) < near, ranked, 0), axis=1)
     # Who is absent comes last, also after one that is there alone, or too far away for float32.
@@ -468,8 +468,8 @@ def _squared_distances(deltas: PyTree, present: jax.Array) -> jax.Array:
     gram = sum(parts, jnp.zeros((len(present), len(present)), jnp.float32))
     norms = jnp.diagonal(gram)
     squares = norms[:, None] + norms - 2 * gram
-    # Of two attackers whose norms overflow, the product may do so too.
-    return jnp.where(jnp.isnan(squares), jnp.inf, jnp.maximum(squares, 0))
+    # Those to an attacker so far away that they overflow are infinite or NaN, and both are sorted last.
+    return jnp.maximum(squares, 0)
 
 
 def _median(deltas: PyTree, present: jax.Array) -> Any:
@@ -518,7 +518,7 @@ def _trimmed_rows(rows: jax.Array, present: jax.Array, cut: jax.Array) -> jax.Ar
         width = min(_BLOCK, size)
 
         def step(index: jax.Array, means: jax.Array) -> jax.Array:
-            start = jnp.minimum(index * width, size - width)  # the last block may overlap the one before it
+            start = index * width  # or less: a slice is moved to lie within, and the last may overlap the one before it
             block = jax.lax.dynamic_slice_in_dim(rows, start, width, axis=1)
             return jax.lax.dynamic_update_slice_in_dim(means, mean(block, _sort_by_network), start, axis=0)
 

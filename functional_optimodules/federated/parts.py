@@ -147,11 +147,13 @@ def own_paths(patterns: tuple[str, ...], params: Params, stats: PyTree) -> froze
 
 
 def on_shared(client: Optimizer, own: frozenset[str]) -> Optimizer:
-    """Return a clients' optimizer of which the modules that talk to the server act on what is shared alone."""
+    """Return a clients' optimizer of which the modules that reckon with a server act on what is shared alone."""
     if not own:
         return client
-    talk = tuple(_OnShared(each, tuple(sorted(own))) if each.channels() else each for each in client.modules)
-    return dataclasses.replace(client, modules=talk)
+    paths = tuple(sorted(own))
+    reckon = [bool(each.channels() or each.asks().end) for each in client.modules]
+    modules = zip(client.modules, reckon, strict=True)
+    return dataclasses.replace(client, modules=tuple(_OnShared(m, paths) if with_it else m for m, with_it in modules))
 
 
 class _OnShared(OptiModule[Any], register=False):

@@ -261,7 +261,9 @@ class Session:
             raise self._under_trace()
         sent = {name: aux.map_shaped(new.adapter.free) for name, aux in jax.device_get(auxes).items()}
         messages = exchange.outgoing(sent, specs, memory.clients)
-        self._remember(memory._replace(message_out=memory.message_out or bool(messages)))
+        # Who was told of a round's end has something to commit, also where it has nothing to say.
+        out = memory.message_out or bool(messages) or bool(self.asked)
+        self._remember(memory._replace(message_out=out))
         return messages
 
     def retract(self) -> None:
