@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functional_optimodules.brick import list_optim_modules, list_optim_regularizers
 from functional_optimodules.config.fields import describe, field_types, nearest
 from functional_optimodules.config.plugin import Plugin
+from functional_optimodules.federated.aggregation import list_aggregators
 from functional_optimodules.schedulers import list_rate_schedulers
 
 KINDS: Mapping[str, Callable[[], Mapping[str, type[Plugin]]]] = {
     "modules": list_optim_modules,
     "regularizers": list_optim_regularizers,
     "schedulers": list_rate_schedulers,
+    "aggregators": list_aggregators,
 }
 """What lists the plug-ins of each kind."""
 

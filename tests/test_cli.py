@@ -70,7 +70,7 @@ def test_markdown_prints_the_tables_that_the_documentation_embeds(capsys):
 def test_the_table_has_a_row_of_four_cells_for_each_plugin_of_the_library():
     rows = [line for line in catalogue.plugin_table().splitlines() if line.startswith("| `")]
     names = {re.match(r"\| `([^`]+)`", row)[1] for row in rows}
-    assert len(rows) == 13 + 3 + 11
+    assert len(rows) == 39 + 4 + 11 + 9
     assert {"adam", "optax", "scaffold-server", "fedprox", "cosine-annealing", "warmup-rounds"} <= names
     for row in rows:
         cells = re.split(r"(?<!\\)\|", row)

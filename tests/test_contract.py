@@ -9,9 +9,10 @@ from functional_optimodules import (
     list_optim_regularizers,
     list_rate_schedulers,
 )
+from functional_optimodules.federated.aggregation import list_aggregators
 from functional_optimodules.testing import contract, instances
 
-PLUGINS = {**list_optim_modules(), **list_optim_regularizers(), **list_rate_schedulers()}
+PLUGINS = {**list_optim_modules(), **list_optim_regularizers(), **list_rate_schedulers(), **list_aggregators()}
 
 CLIENT = Optimizer(
     ("warmup", {"base": ("cosine-annealing", {"base": 0.01, "max_lr": 0.5, "duration": 4}), "warmup": 2}),

@@ -14,7 +14,7 @@ from functional_optimodules.types import Json
 
 @dataclass_transform(frozen_default=True, field_specifiers=(hyperparameter, dataclasses.field))
 class Plugin(Configured):
-    """Base of the three kinds of plug-ins: modules, regularizers and schedulers.
+    """Base of the kinds of plug-ins: modules, regularizers, schedulers and aggregators.
 
     A subclass is a frozen dataclass: its annotated fields are its
     hyper-parameters, and equality, hash and configuration follow from them.
@@ -89,7 +89,7 @@ def _fields(cls: type) -> set[str]:
 
 
 def _register(cls: type[Plugin]) -> None:
-    name = getattr(cls, "name", None)
+    name = vars(cls).get("name")  # and not that of a base, which is another's
     if not isinstance(name, str) or not name:
         raise TypeError(f"{cls.__name__} needs a class attribute `name` (or `register=False`), not {name!r}")
     known = cls._registry.get(name, cls)

@@ -1,9 +1,19 @@
 """Federated rounds of many clients as one XLA program."""
 
-from functional_optimodules.federated import partition, processes
+from functional_optimodules.federated import aggregation, partition, processes
+from functional_optimodules.federated.buffered import BufferedFederation
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.federation import Federation
 from functional_optimodules.federated.placement import clients_mesh
 from functional_optimodules.federated.state import FederationState
 
-__all__ = ["FederatedData", "Federation", "FederationState", "clients_mesh", "partition", "processes"]
+__all__ = [
+    "BufferedFederation",
+    "FederatedData",
+    "Federation",
+    "FederationState",
+    "aggregation",
+    "clients_mesh",
+    "partition",
+    "processes",
+]

@@ -24,6 +24,7 @@ is kept meanwhile: C copies of the parameters.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,12 +35,12 @@ from functional_optimodules.aux_var import FromServer
 from functional_optimodules.config.fields import check_fields, hyperparameter, nearest
 from functional_optimodules.federated.checks import Given, check_round
 from functional_optimodules.federated.data import FederatedData
+from functional_optimodules.federated.execution import Rows, require_blocks
 from functional_optimodules.federated.federation import Evaluate, Federation
 from functional_optimodules.federated.loss import Metrics
 from functional_optimodules.federated.placement import mesh_of
-from functional_optimodules.federated.round import Shared, Totals, _aggregate, participate, share
+from functional_optimodules.federated.round import Shared, Totals, participate, share, step_server
 from functional_optimodules.federated.state import FederationState, Sides, own_sides
-from functional_optimodules.numerics import cast_like, where
 from functional_optimodules.types import Params, PyTree
 from functional_optimodules.xla import behind_branch
 
@@ -93,6 +94,22 @@ class Places(NamedTuple):
     version: jax.Array
     start: jax.Array
     sent: Sent
+
+    def without(self, place: jax.Array) -> "Places":
+        """Return the same with a place that is free."""
+        return self._replace(client=self.client.at[place].set(_NOBODY), remaining=self.remaining.at[place].set(jnp.inf))
+
+
+class Held(NamedTuple):
+    """What a client's work is done on.
+
+    Attributes:
+      sent: what it started with.
+      row: what it keeps, its row of the bank.
+    """
+
+    sent: Sent
+    row: Rows
 
 
 class BufferedState(NamedTuple):
@@ -236,8 +253,8 @@ class BufferedFederation:
         """Run updates of the server. Pure: it may be jitted and donated.
 
         Args:
-          state: the state. Once compiled, the numbers are the same, bit by bit, however
-            updates are cut into runs.
+          state: the state. It has all that there is, clients at work and draws to come: two
+            runs are one, cut in two.
           data: the clients' data.
           num_updates: how many updates.
           evaluate: `(params) -> metrics`, called after each.
@@ -271,16 +288,7 @@ class BufferedFederation:
                 )
             return state, metrics | found
 
-        def body(index: jax.Array, carry: tuple[BufferedState, Metrics]) -> tuple[BufferedState, Metrics]:
-            state, history = carry
-            state, metrics = advance(state)
-            return state, jax.tree.map(lambda rows, row: rows.at[index].set(row), history, metrics)
-
-        shapes = jax.eval_shape(advance, state)[1]
-        empty = jax.tree.map(lambda leaf: jnp.zeros((num_updates, *leaf.shape), leaf.dtype), shapes)
-        # XLA would unroll a loop of one update, and fuse, and so round, another way than in a longer run.
-        count = jax.lax.optimization_barrier(jnp.int32(num_updates))
-        return jax.lax.fori_loop(0, count, body, (state, empty))
+        return jax.lax.scan(lambda state, _: advance(state), state, None, length=num_updates)
 
     def _sides(self, state: FederationState, data: FederatedData) -> Sides:
         """Return both sides of the federation, after all checks."""
@@ -290,26 +298,48 @@ class BufferedFederation:
             raise ValueError(
                 f"BufferedFederation: concurrency={self.concurrency} should be at most the {data.num_clients} clients"
             )
+        require_blocks(data, self.federation.mapping)
         check_round(self.federation, state, data, _given(jnp.zeros(1, jnp.int32), None))
         return own_sides(self.federation, state)
 
     def _update(self, sides: Sides, state: BufferedState, data: FederatedData) -> tuple[BufferedState, Metrics]:
         """Take in K deltas, and let the server step on them."""
         shared = _share(self.federation, sides, state.federation)
+        task = functools.partial(self._task, sides, shared, data)
+        work, held = task(state, jnp.int32(0), jnp.float32(1))
+        one = jax.eval_shape(lambda held: work(held)[0], held)
 
         def deliver(index: jax.Array, carry: tuple[BufferedState, Buffer]) -> tuple[BufferedState, Buffer]:
             state, buffer = carry
             state, place = _next_done(self._fill(state, _sent(shared), data.num_clients))
-            return self._take_in(sides, shared, data, state, buffer, place, index)
+            client = state.places.client[place]
+            slot = data.slots[client]
+            staleness = state.federation.round - state.places.version[place]
+            weight = jnp.float32(1) if self.federation.weighting == "uniform" else data.sizes[slot].astype(jnp.float32)
+            counted = weight * jnp.asarray(self._discount(staleness.astype(jnp.float32)), jnp.float32)
+            work, held = task(state, place, counted)
+            here, row = behind_branch(client < data.num_clients, work, lambda held: (one.nothing(), held.row), held)
+            joined = here.each["joined"]
+            buffer = Buffer(
+                totals=buffer.totals.add(here, index),
+                participants=buffer.participants.at[index].set(client),
+                staleness=buffer.staleness.at[index].set(staleness),
+                weight=buffer.weight + joined * weight,
+                counted=buffer.counted + joined * counted,
+            )
+            federation = state.federation._replace(bank=_put(state.federation.bank, row, slot))
+            return state._replace(federation=federation, places=state.places.without(place)), buffer
 
-        one = jax.eval_shape(
-            lambda state: self._work(sides, shared, data, state, jnp.int32(0), jnp.float32(1))[0], state
-        )
         nobody = jnp.zeros(self.buffer, jnp.int32)
         start = Buffer(one.nothing((self.buffer,)), nobody, nobody, jnp.float32(0), jnp.float32(0))
         state, buffer = jax.lax.fori_loop(0, self.buffer, deliver, (state, start))
-        federation, told = _step_server(self.federation, sides, state.federation, buffer)
+        before = sides.params.shared(state.federation.params)
+        server = sides.server.begin_round(state.federation.server, before)
+        scale = buffer.counted / jnp.maximum(buffer.weight, 1e-30)
+        federation, told = step_server(self.federation, sides, state.federation, server, buffer.totals, {}, scale)
         each = buffer.totals.each
+        for name in sorted({"time", "staleness"} & each.keys()):
+            raise ValueError(f"BufferedFederation: the loss has a metric {name!r}, which an update has too: rename it")
         tell = {
             "round": state.federation.round,
             "time": state.clock,
@@ -318,8 +348,6 @@ class BufferedFederation:
             "finite": each["finite"] > 0,
             "joined": each["joined"] > 0,
         }
-        for name in sorted({"time", "staleness"} & each.keys()):
-            raise ValueError(f"BufferedFederation: the loss has a metric {name!r}, which an update has too: rename it")
         return state._replace(federation=federation), each | tell | told
 
     def _fill(self, state: BufferedState, sent: Sent, num_clients: int) -> BufferedState:
@@ -340,38 +368,7 @@ class BufferedFederation:
         moves_on = jnp.min(state.places.remaining) > 0
         return jax.lax.fori_loop(0, jnp.where(moves_on, free, 0), start, state)
 
-    def _take_in(
-        self,
-        sides: Sides,
-        shared: Shared,
-        data: FederatedData,
-        state: BufferedState,
-        buffer: Buffer,
-        place: jax.Array,
-        index: jax.Array,
-    ) -> tuple[BufferedState, Buffer]:
-        """Free a place of the client that is done, and add what it came to to the buffer."""
-        client = state.places.client[place]
-        slot = data.slots[client]
-        staleness = state.federation.round - state.places.version[place]
-        weight = jnp.float32(1) if self.federation.weighting == "uniform" else data.sizes[slot].astype(jnp.float32)
-        counted = weight * jnp.asarray(self._discount(staleness.astype(jnp.float32)), jnp.float32)
-        one, row = self._work(sides, shared, data, state, place, counted)
-        joined = one.each["joined"]
-        buffer = Buffer(
-            totals=buffer.totals.add(one, index),
-            participants=buffer.participants.at[index].set(client),
-            staleness=buffer.staleness.at[index].set(staleness),
-            weight=buffer.weight + joined * weight,
-            counted=buffer.counted + joined * counted,
-        )
-        bank = _put(state.federation.bank, row, slot)
-        places = state.places._replace(
-            client=state.places.client.at[place].set(_NOBODY), remaining=state.places.remaining.at[place].set(jnp.inf)
-        )
-        return state._replace(federation=state.federation._replace(bank=bank), places=places), buffer
-
-    def _work(
+    def _task(
         self,
         sides: Sides,
         shared: Shared,
@@ -379,22 +376,17 @@ class BufferedFederation:
         state: BufferedState,
         place: jax.Array,
         weight: jax.Array,
-    ) -> tuple[Totals, list[jax.Array]]:
-        """Return what the client of a place comes to, and its new row of the bank."""
+    ) -> tuple[Callable[[Held], tuple[Totals, Rows]], Held]:
+        """Return the work of the client of a place, and what it is done on."""
         client = state.places.client[place]
         slot = data.slots[client]
-        shared = shared._replace(
-            key=jax.random.fold_in(state.key, state.places.start[place]), given=_given(client[None], weight[None])
-        )
+        key = jax.random.fold_in(state.key, state.places.start[place])
 
-        def work(held: tuple[Sent, list[jax.Array]]) -> tuple[Totals, list[jax.Array]]:
-            sent, row = held
-            own = shared._replace(params=sent.params, stats=sent.stats, broadcast=sent.broadcast)
-            return participate(self.federation, sides, own, data, jnp.int32(0), slot, row)
+        def work(held: Held) -> tuple[Totals, Rows]:
+            own = shared._replace(**held.sent._asdict(), key=key, given=_given(client[None], weight[None]))
+            return participate(self.federation, sides, own, data, jnp.int32(0), slot, held.row)
 
-        held = _at(state.places.sent, place), _at(state.federation.bank, slot)
-        one = jax.eval_shape(lambda held: work(held)[0], held)
-        return behind_branch(client < data.num_clients, work, lambda held: (one.nothing(), held[1]), held)
+        return work, Held(_at(state.places.sent, place), _at(state.federation.bank, slot))
 
 
 def _require_apart(federation: Federation) -> None:
@@ -408,6 +400,10 @@ def _require_apart(federation: Federation) -> None:
         raise ValueError(
             f"BufferedFederation: federation.coin={federation.coin} is tossed by all participants of a round, and "
             "there are no rounds: give `steps` or `epochs`"
+        )
+    if federation.fragments:
+        raise ValueError(
+            "BufferedFederation: federation.fragments go by rounds, and there are none: leave them out"
         )
     bricks = (
         *(brick for side in (federation.client, federation.server) for brick in (*side.regularizers, *side.modules)),
@@ -480,33 +476,3 @@ def _next_done(state: BufferedState) -> tuple[BufferedState, jax.Array]:
     behind = (clock - state.clock) - step
     places = state.places._replace(remaining=remaining - passed)
     return state._replace(places=places, clock=clock, behind=behind), place
-
-
-def _step_server(
-    federation: Federation, sides: Sides, state: FederationState, buffer: Buffer
-) -> tuple[FederationState, Metrics]:
-    """Take the server's step on a full buffer; return the new state, and what its bricks say."""
-    totals, free = buffer.totals, sides.client.free
-    before, kept = sides.params.shared(state.params), sides.stats.shared(state.stats)
-    server = sides.server.begin_round(state.server, before)
-    server = sides.server.process({name: aux.map_shaped(free) for name, aux in totals.auxes.items()}, server)
-    delta, aggregation = _aggregate(federation, totals, state.aggregation)
-    scale = -buffer.counted / jnp.maximum(buffer.weight, 1e-30)
-    gradients = cast_like(jax.tree.map(lambda d: scale.astype(d.real.dtype) * d, free(delta)), before)
-    known = {"joined": jnp.sum(totals.each["joined"])}
-    asked = {name: known[name] for name in sides.server.brick.asks().step - {"lrate"}}
-    stepped = sides.server.apply(gradients, server, before, **asked)
-    # Of weights that are all discounted to 0 there is no mean.
-    stats = None if kept is None else where(buffer.counted > 0, cast_like(totals.stats.mean(), kept), kept)
-    # Where nobody joined there was nothing for the server; the bank's rows are the old ones already.
-    old = before, state.server, state.aggregation, kept
-    params, server, aggregation, stats = where(known["joined"] > 0, (*stepped, aggregation, stats), old)
-    told = {f"server/{name}": jnp.asarray(value) for name, value in sides.server.brick.metrics(server).items()}
-    state = state._replace(
-        params=sides.params.whole(params, sides.params.kept(state.params)),
-        server=server,
-        round=state.round + 1,
-        stats=sides.stats.whole(stats, sides.stats.kept(state.stats)),
-        aggregation=aggregation,
-    )
-    return state, told

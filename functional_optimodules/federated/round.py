@@ -162,31 +162,61 @@ def run_round(
         shared = shared._replace(mean_gradient=sides.client.hold(gradient))
         known["mean_gradient"] = sides.params.shared(gradient)
     totals, bank = run(participate)
-    free = sides.client.free
+    joined = totals.each["joined"] > 0
+    tell = {"round": state.round, "participants": participants, "finite": totals.each["finite"] > 0, "joined": joined}
+    state, told = step_server(federation, sides, state._replace(bank=bank), server, totals, known)
+    return state, totals.each | tell | told
+
+
+def step_server(
+    federation: "Federation",
+    sides: Sides,
+    state: FederationState,
+    server: OptimizerState,
+    totals: "Totals",
+    known: dict[str, PyTree],
+    scale: jax.Array | None = None,
+) -> tuple[FederationState, Metrics]:
+    """Take the server's step.
+
+    Args:
+      federation: the `Federation`.
+      sides: its two sides.
+      state: its state, with the new bank.
+      server: the server's state in this round.
+      totals: what the participants came to.
+      known: what is known of the round, but for who joined it.
+      scale: what the aggregate is multiplied by, if by anything.
+
+    Returns:
+      The state after the round, and what the server's bricks say of it.
+    """
+    free, before, kept = sides.client.free, sides.params.shared(state.params), sides.stats.shared(state.stats)
     server = sides.server.process({name: aux.map_shaped(free) for name, aux in totals.auxes.items()}, server)
     delta, aggregation = _aggregate(federation, totals, state.aggregation)
-    gradients = cast_like(jax.tree.map(jnp.negative, free(delta)), before)
-    joined = totals.each["joined"] > 0
-    known["joined"] = jnp.sum(totals.each["joined"])
+    gradients = jax.tree.map(jnp.negative, free(delta))
+    if scale is not None:
+        gradients = jax.tree.map(lambda g: scale.astype(g.real.dtype) * g, gradients)
+    known = known | {"joined": jnp.sum(totals.each["joined"])}
     asked = {name: known[name] for name in sides.server.brick.asks().step - {"lrate"}}
-    params, moved = sides.server.apply(gradients, server, before, **asked)
+    params, moved = sides.server.apply(cast_like(gradients, before), server, before, **asked)
     if sides.turns is not None:
         params, moved = _by_turns(federation, sides, state.round, (params, moved), (before, server))
-    stats = None if state.stats is None else cast_like(totals.stats.mean(), shared.stats)
+    stats = None
+    if kept is not None:  # of weights that are all 0 there is no mean
+        stats = where(totals.stats.weight > 0, cast_like(totals.stats.mean(), kept), kept)
     # Where nobody joined there was no round for the server; the bank's rows are the old ones already.
-    old = before, state.server, state.aggregation, shared.stats
-    params, server, aggregation, stats = where(jnp.any(joined), (params, moved, aggregation, stats), old)
-    tell = {"round": state.round, "participants": participants, "finite": totals.each["finite"] > 0, "joined": joined}
-    told = {f"server/{name}": jnp.asarray(value) for name, value in sides.server.brick.metrics(server).items()}
+    old = before, state.server, state.aggregation, kept
+    params, moved, aggregation, stats = where(known["joined"] > 0, (params, moved, aggregation, stats), old)
     state = state._replace(
         params=sides.params.whole(params, sides.params.kept(state.params)),
-        server=server,
-        bank=bank,
+        server=moved,
         round=state.round + 1,
         stats=sides.stats.whole(stats, sides.stats.kept(state.stats)),
         aggregation=aggregation,
     )
-    return state, totals.each | tell | told
+    told = sides.server.brick.metrics(moved)
+    return state, {f"server/{name}": jnp.asarray(value) for name, value in told.items()}
 
 
 def _by_turns(
@@ -462,8 +492,14 @@ class Totals(NamedTuple):
         """Add what the participant of that index came to."""
         sums, stats = jax.tree.map(jnp.add, (self.sums, self.stats), (one.sums, one.stats))
         auxes = {name: aux.merge(one.auxes[name]) for name, aux in self.auxes.items()}
-        each, rows = jax.tree.map(lambda a, b: a.at[index].add(b), (self.each, self.rows), (one.each, one.rows))
-        return Totals(sums, auxes, stats, each, rows)
+        each = jax.tree.map(lambda a, b: a.at[index].add(b), self.each, one.each)
+
+        def add_row(rows: jax.Array, row: jax.Array) -> jax.Array:
+            # By slices: on CPU a scatter goes from number to number.
+            row = row + jax.lax.dynamic_index_in_dim(rows, index, keepdims=False)
+            return jax.lax.dynamic_update_index_in_dim(rows, row, index, 0)
+
+        return Totals(sums, auxes, stats, each, jax.tree.map(add_row, self.rows, one.rows))
 
     def across(self, axis: str) -> "Totals":
         """Add up the totals of all devices by one all-reduce, and one for each variable that is no sum."""

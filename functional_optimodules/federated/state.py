@@ -234,8 +234,9 @@ def sides_of(federation: "Federation", params: Params, stats: PyTree, packing: P
         shapes = jax.eval_shape(sides.fresh, params, stats)
         held = jax.eval_shape(sides.client.hold, params)
         broadcast = jax.eval_shape(lambda params: sides.broadcast(sides.server.init(split.shared(params))), params)
-        coin = jax.ShapeDtypeStruct((), jnp.float32)
-        known = {name: held if shaped else coin for name, shaped in KNOWN.items()}
+        numbers = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in KNOWN}
+        numbers["num_steps"] = jax.ShapeDtypeStruct((), jnp.int32)
+        known = numbers | {name: held for name, shaped in KNOWN.items() if shaped}
     return sides._replace(kept=_kept(sides, shapes, held, broadcast, known))
 
 

@@ -4,11 +4,21 @@ import functools
 from collections.abc import Callable, Iterator
 
 from functional_optimodules.config.plugin import Plugin
-from functional_optimodules.testing import configs, exchange, facade, packed, pure, rounds, schedulers, tracing
+from functional_optimodules.testing import (
+    aggregators,
+    configs,
+    exchange,
+    facade,
+    packed,
+    pure,
+    rounds,
+    schedulers,
+    tracing,
+)
 from functional_optimodules.testing.check import Check
 from functional_optimodules.testing.instances import instances
 
-_MODULES = (configs, pure, tracing, rounds, facade, exchange, packed, schedulers)
+_MODULES = (configs, pure, tracing, rounds, facade, exchange, packed, schedulers, aggregators)
 
 
 def checks_of(plugin: Plugin | type[Plugin]) -> dict[str, Check]:
