@@ -40,7 +40,8 @@ from functional_optimodules.federated.federation import Evaluate, Federation
 from functional_optimodules.federated.loss import Metrics
 from functional_optimodules.federated.placement import mesh_of
 from functional_optimodules.federated.round import Shared, Totals, participate, share, step_server
-from functional_optimodules.federated.state import FederationState, Sides, own_sides
+from functional_optimodules.federated.sides import Sides
+from functional_optimodules.federated.state import FederationState, own_sides
 from functional_optimodules.types import Params, PyTree
 from functional_optimodules.xla import behind_branch
 
@@ -402,9 +403,7 @@ def _require_apart(federation: Federation) -> None:
             "there are no rounds: give `steps` or `epochs`"
         )
     if federation.fragments:
-        raise ValueError(
-            "BufferedFederation: federation.fragments go by rounds, and there are none: leave them out"
-        )
+        raise ValueError("BufferedFederation: federation.fragments go by rounds, and there are none: leave them out")
     bricks = (
         *(brick for side in (federation.client, federation.server) for brick in (*side.regularizers, *side.modules)),
         *federation.uplink,

@@ -18,7 +18,8 @@ from functional_optimodules.federated.execution import Rows, chunk_size, require
 from functional_optimodules.federated.loss import Averages, Metrics, averaged, maskable
 from functional_optimodules.federated.placement import AXIS, SPLIT, WHOLE, mesh_of
 from functional_optimodules.federated.round import Shared, share, walk_round
-from functional_optimodules.federated.state import FederationState, Sides, own_sides
+from functional_optimodules.federated.sides import Sides
+from functional_optimodules.federated.state import FederationState, own_sides
 from functional_optimodules.stateful.leaves import traced
 from functional_optimodules.types import Params, PyTree
 

@@ -33,7 +33,8 @@ from functional_optimodules.federated.execution import Rows, chunk_size, run_par
 from functional_optimodules.federated.loss import Averages, LossFn, Metrics, averaged, maskable
 from functional_optimodules.federated.parts import Turns
 from functional_optimodules.federated.placement import SPLIT, WHOLE
-from functional_optimodules.federated.state import FederationState, Own, Side, Sides, end_round, own_sides
+from functional_optimodules.federated.sides import Own, Side, Sides, end_round
+from functional_optimodules.federated.state import FederationState, own_sides
 from functional_optimodules.numerics import cast_like, is_finite, where, wide
 from functional_optimodules.optimizer import OptimizerState
 from functional_optimodules.random.keys import shapes_only
@@ -242,7 +243,10 @@ def _aggregate(federation: "Federation", totals: "Totals", kept: PyTree) -> tupl
     if isinstance(aggregation, StackAggregator):
         # Each row is a participant's on the device that ran it, and nothing on others.
         count = totals.each["joined"].shape[0]
-        stacked = jax.tree.map(lambda rows: jnp.sum(rows.reshape(-1, count, *rows.shape[1:]), axis=0), totals.rows)
+        blocks = totals.rows.weight.shape[0] // count
+        if blocks == 1:  # a sum over one block would be a copy
+            return aggregation.aggregate(*totals.rows), kept
+        stacked = jax.tree.map(lambda rows: jnp.sum(rows.reshape(blocks, count, *rows.shape[1:]), axis=0), totals.rows)
         return aggregation.aggregate(*stacked), kept
     assert isinstance(aggregation, SumAggregator)
     delta, kept = aggregation.combine(totals.sums, aggregation.begin_round(kept))

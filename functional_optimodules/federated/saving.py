@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from functional_optimodules.config.fields import differences, require_keys, to_json
 from functional_optimodules.federated.placement import mesh_of, replicate
-from functional_optimodules.federated.state import FederationState, Sides, own_sides
+from functional_optimodules.federated.sides import Sides
+from functional_optimodules.federated.state import FederationState, own_sides
 from functional_optimodules.optimizer import Optimizer
 from functional_optimodules.random.keys import is_key
 from functional_optimodules.stateful.compiled import layout_of
