@@ -18,7 +18,7 @@ Array = NDArray[np.float64]
 # Sheared and unlike one another, so that no algorithm's mistakes cancel out; eigenvalues between 0.5 and 2.5.
 _SCALES = np.array([[1.0, 0.6, 1.4], [0.5, 1.5, 0.8], [1.8, 0.9, 0.5], [0.7, 1.2, 1.6], [1.1, 0.5, 1.0]])
 _SHEARS = np.array([[1.0, -1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
-_CENTRES = np.array([[2.0, -1.0, 0.5], [-1.5, 1.0, 2.5], [0.5, 3.0, -2.0], [-2.5, -2.0, 1.0], [1.0, 0.7, -3.0]])
+_CENTRES = np.array([[2.0, -1.0, 0.5], [-1.5, 1.0, 2.5], [0.5, 3.0, -2.0], [-2.5, -2.0, 1.0], [1.0, 0.6, -3.0]])
 _SPREAD = np.array([0.6, -0.9, 0.4])
 _START = np.array([1.5, -2.0, 1.2])
 
