@@ -40,8 +40,8 @@ def texts(output: Any) -> list[str]:
     ]
 
 
-def test_the_four_notebooks_are_there() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["federated", "quickstart", "scaffold", "write_your_own"]
+def test_the_notebooks_are_there() -> None:
+    assert [path.stem for path in NOTEBOOKS] == ["diloco", "federated", "quickstart", "scaffold", "write_your_own"]
 
 
 @pytest.mark.slow

@@ -282,7 +282,7 @@ class BufferedFederation:
 
         def advance(state: BufferedState) -> tuple[BufferedState, Metrics]:
             state, metrics = self._update(sides, state, data)
-            found = {} if evaluate is None else evaluate(state.federation.params)
+            found = {} if evaluate is None else evaluate(self.federation.evaluated(state.federation))
             for name in sorted(metrics.keys() & found.keys()):
                 raise ValueError(
                     f"BufferedFederation: `evaluate` returns a metric {name!r}, which an update has too: rename it"

@@ -74,6 +74,8 @@ def require_together(federation: "Federation") -> None:
             f"Federation: epochs={federation.epochs}, steps={federation.steps} and coin={federation.coin} each say how "
             "many local steps a round has: give one"
         )
+    if not federation.fragments and not traced(federation.mixing) and federation.mixing != 0:
+        raise ValueError(f"Federation: mixing={federation.mixing} is of fragments, and there are none")
     if federation.sums_only and not federation.aggregation.sums:
         raise ValueError(f"Federation: {federation.aggregation!r} needs each client's delta, and sums_only allows sums")
 
@@ -82,7 +84,8 @@ def check_rate(drop_rate: ArrayLike | None) -> None:
     """Raise a `ValueError` if a rate of drop-outs is no probability."""
     if drop_rate is None or traced(drop_rate):
         return
-    if np.shape(drop_rate) != () or not 0 <= float(np.asarray(drop_rate)) <= 1:
+    rate = np.asarray(drop_rate)
+    if rate.shape != () or rate.dtype.kind not in "bifu" or not 0 <= rate <= 1:
         raise ValueError(f"Federation: drop_rate={drop_rate!r} should be a number in [0, 1]")
 
 

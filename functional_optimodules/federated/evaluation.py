@@ -44,11 +44,12 @@ def evaluate(
         return _evaluate(federation, batch_size, 0, model, data, None, key)
     if type(steps) is not int or steps < 0:
         raise ValueError(f"Federation: steps={steps!r} should be an integer of at least 0")
-    if (steps or train is not None) and federation.mean_asked():
+    if steps and "mean_gradient" in federation.client.asks().step:
         raise ValueError("Federation: a brick asks for the participants' mean gradient, and one client alone has none")
     train = data if train is None else train
     own_sides(federation, model)
-    check_batches(train, federation.batch_size, federation.remainder)
+    if steps:
+        check_batches(train, federation.batch_size, federation.remainder)
     for each in (data, train):
         slots = model.slots if model.bank else train.slots
         if not traced((each.slots, slots)) and not np.array_equal(each.slots, slots):
@@ -78,6 +79,8 @@ def _evaluate(
         nobody = Given(jnp.zeros(0, jnp.int32), None, None, None, None)
         server = sides.server.begin_round(model.server, sides.params.shared(params))
         shared = share(federation, sides, model, server, nobody)._replace(steps=jnp.int32(steps))
+        if not steps:  # a server may send others than it has
+            shared = shared._replace(params=sides.client.hold(sides.params.shared(params)))
     else:
         params = model
     chunk = chunk_size(federation.mapping, data.per_shard, params)

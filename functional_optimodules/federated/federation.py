@@ -38,8 +38,8 @@ from functional_optimodules.optimizer import Named, Optimizer
 from functional_optimodules.packing.tree import unpack
 from functional_optimodules.types import Json, Params, PyTree
 
-Evaluate: TypeAlias = Callable[[Params], Metrics]
-"""What `run` and `fit` call after each round."""
+Evaluate: TypeAlias = Callable[[Any], Metrics]
+"""What `run` and `fit` call after each round, with the parameters or, where it has a state, the model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +218,8 @@ class Federation:
           rngs: the random streams that the module draws from.
           **options: as for `Federation`.
         """
+        if not hasattr(module, "apply"):
+            raise TypeError(f"Federation: expected a linen module, not {type(module).__name__}")
         made = LinenLoss(module, loss, tuple(rngs), train=True)
         evaluated = dataclasses.replace(made, train=False)
         return cls(made, client, *args, **{"eval_fn": evaluated, **options})
@@ -237,7 +239,8 @@ class Federation:
         Raises:
           ValueError: if there is no such client.
         """
-        params, stats = client_model(self, state, client)
+        # Copies: rounds that donate the state take its memory.
+        params, stats = jax.tree.map(jnp.copy, client_model(self, state, client))
         if isinstance(self.loss_fn, ModelLoss):
             return self.loss_fn.put_together(params, stats)
         return params if stats is None else (params, stats)
@@ -333,7 +336,8 @@ class Federation:
           weights: float[N], >= 0 and not all 0, how much each client counts in the
             mean; by `weighting` if `None`.
           drop_rate: the probability with which a participant drops out in mid-round.
-          evaluate: `(params) -> metrics`, called after each round.
+          evaluate: `(params) -> metrics`, called after each round. Where the model has a
+            state, it is given what `model` returns.
 
         Returns:
           The new state, and the history: the metrics of `round` and of `evaluate`
@@ -361,15 +365,19 @@ class Federation:
 
         def advance(state: FederationState) -> tuple[FederationState, Metrics]:
             chosen = self.sample(state, data, size)
-            dropped = None if drop_rate is None else drop_out(state, size, jnp.asarray(drop_rate))
+            dropped = None if drop_rate is None else drop_out(state, size, jnp.asarray(drop_rate, jnp.float32))
             heavy = None if counts is None else counts[chosen]
             state, metrics = self.round(state, data, chosen, weights=heavy, dropped=dropped)
-            found = {} if evaluate is None else evaluate(state.params)
+            found = {} if evaluate is None else evaluate(self.evaluated(state))
             for name in sorted(metrics.keys() & found.keys()):
                 raise ValueError(f"Federation: `evaluate` returns a metric {name!r}, which a round has too: rename it")
             return state, metrics | found
 
         return advance
+
+    def evaluated(self, state: FederationState) -> Any:
+        """Return what `evaluate` of `run` and `fit` is given: the parameters, or the model where it has a state."""
+        return state.params if state.stats is None else self.model(state)
 
     def sample(self, state: FederationState, data: FederatedData, size: int) -> jax.Array:
         """Draw the participants of the next round: int32[size], without replacement."""
@@ -415,10 +423,6 @@ class Federation:
         if not isinstance(model, FederationState):
             model = self.init(model, data) if isinstance(self.loss_fn, ModelLoss) else unpack(model)
         return evaluation.evaluate(self, model, data, batch_size, key, steps, train)
-
-    def mean_asked(self) -> bool:
-        """Whether a brick asks for the participants' mean gradient."""
-        return any("mean_gradient" in names for names in (self.client.asks().step, self.server.asks().step))
 
     def fit(
         self,
@@ -484,7 +488,7 @@ class Federation:
                 self.check(pieces[-1])
                 if shown is not None:
                     shown.update(count)
-                if callback is not None and count and callback(state, pieces[-1]) is True:
+                if callback is not None and count and _is_true(callback(state, pieces[-1])):
                     break
         return state, jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
 
@@ -522,6 +526,11 @@ class Federation:
             or an array is not as expected.
         """
         return saving.decode(self, payload, like)
+
+
+def _is_true(stop: object) -> bool:
+    # What is compared in NumPy or JAX is a scalar of theirs; what else a callback returns says nothing of it.
+    return isinstance(stop, bool | np.bool_ | jax.Array) and np.shape(stop) == () and bool(stop)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)

@@ -39,7 +39,16 @@ def _call(
     given = (params, batch) if stats is None else (params, stats, batch)
     parameters = inspect.signature(loss_fn).parameters.values()
     required = [p for p in parameters if p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD]
-    output = loss_fn(*given, key) if len(required) > len(given) else loss_fn(*given)
+    given = (*given, key) if len(required) > len(given) else given
+    try:
+        output = loss_fn(*given)
+    except Exception as error:
+        if stats is None and len(given) == 3:
+            error.add_note(
+                "Federation: the loss was called with (params, batch, key). That of a model with a state needs it: "
+                "give `init` its `stats`, and `evaluate` the federation's state"
+            )
+        raise
     if stats is not None:
         if not isinstance(output, tuple) or len(output) != 3:
             raise TypeError(

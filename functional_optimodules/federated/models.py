@@ -45,12 +45,14 @@ class NnxLoss(ModelLoss):
 
     Attributes:
       graphdef: the module without its arrays.
+      specs: what is trained of it, and its other state.
       rngs: the shapes of its random streams.
       wrt: which of its variables are trained.
       loss: `(model, batch) -> loss` or `(loss, metrics)`.
     """
 
     graphdef: Any
+    specs: Specs
     rngs: Specs
     wrt: Any
     loss: Callable[..., PyTree]
@@ -60,8 +62,8 @@ class NnxLoss(ModelLoss):
         """Return the loss of a model as it is."""
         nnx = _nnx()
 
-        graphdef, _, rngs, _ = nnx.split(_module(model), wrt, nnx.RngState, ...)
-        return cls(graphdef, Specs.of(rngs), wrt, loss)
+        graphdef, params, rngs, stats = nnx.split(_module(model), wrt, nnx.RngState, ...)
+        return cls(graphdef, Specs.of((params, stats)), Specs.of(rngs), wrt, loss)
 
     def evaluating(self, model: Any) -> "NnxLoss":
         """Return the loss of a model in its evaluation mode."""
@@ -82,6 +84,7 @@ class NnxLoss(ModelLoss):
         nnx = _nnx()
 
         _, params, _, stats = nnx.split(_module(model), self.wrt, nnx.RngState, ...)
+        self.specs.require_same(Specs.of((params, stats)), "Federation: the model")
         return params, stats
 
     def put_together(self, params: Params, stats: PyTree) -> Any:
@@ -144,8 +147,8 @@ class LinenLoss(ModelLoss):
             stats = {**stats, **{name: new[name] for name in stats if name in new}}
             return output
 
-        told = (apply, batch, self.train) if "train" in inspect.signature(self.loss).parameters else (apply, batch)
-        value, metrics = _pair(self.loss(*told))
+        told = {"train": self.train} if "train" in inspect.signature(self.loss).parameters else {}
+        value, metrics = _pair(self.loss(apply, batch, **told))
         return value, metrics, stats
 
     def taken_apart(self, model: Any) -> tuple[Params, PyTree]:
@@ -153,7 +156,9 @@ class LinenLoss(ModelLoss):
             raise TypeError(
                 f"Federation: expected the variables of a linen module, as `module.init` returns them, not {model!r}"
             )
-        return model["params"], {name: tree for name, tree in model.items() if name != "params"}
+        # Of a `FrozenDict` it is a copy in plain dicts, as `apply` returns what has moved.
+        plain = getattr(model, "unfreeze", lambda: model)()
+        return plain["params"], {name: tree for name, tree in plain.items() if name != "params"}
 
     def put_together(self, params: Params, stats: PyTree) -> Any:
         return {"params": params, **stats}

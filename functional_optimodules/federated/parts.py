@@ -151,7 +151,9 @@ def on_shared(client: Optimizer, own: frozenset[str]) -> Optimizer:
     if not own:
         return client
     paths = tuple(sorted(own))
-    reckon = [bool(each.channels() or each.asks().end) for each in client.modules]
+    reckon = [
+        bool(each.channels() or each.asks().end or "mean_gradient" in each.asks().step) for each in client.modules
+    ]
     modules = zip(client.modules, reckon, strict=True)
     return dataclasses.replace(client, modules=tuple(_OnShared(m, paths) if with_it else m for m, with_it in modules))
 

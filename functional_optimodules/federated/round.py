@@ -161,7 +161,7 @@ def run_round(
         first, _ = run(give_gradient)
         gradient = sides.client.free(first.sums.mean())
         shared = shared._replace(mean_gradient=sides.client.hold(gradient))
-        known["mean_gradient"] = sides.params.shared(gradient)
+        known["mean_gradient"] = gradient
     totals, bank = run(participate)
     joined = totals.each["joined"] > 0
     tell = {"round": state.round, "participants": participants, "finite": totals.each["finite"] > 0, "joined": joined}
@@ -283,10 +283,11 @@ def give_gradient(
     own = sides.restored(row, shared.params)
     batches = _batches(federation, shared, data, index, slot)
     gradient = full_gradient(federation, sides, own, shared, data, index, slot)
-    weight = _weight(federation, told, batches)
-    if told.dropped is not None:
-        weight = jnp.where(told.dropped, 0, weight)
-    return Totals(WeightedSum.of(gradient, weight), {}, (), {}, ()), row
+    joined = jnp.array(True) if told.dropped is None else ~told.dropped
+    if federation.on_nonfinite == "skip":
+        joined = joined & is_finite(gradient)
+    total = _zeroed(joined, WeightedSum.of(sides.shared(gradient), _weight(federation, told, batches)))
+    return Totals(total, {}, (), {}, ()), row
 
 
 def full_gradient(
@@ -303,6 +304,11 @@ def full_gradient(
 
     def add(step: jax.Array, carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
         batch, mask = batches.take(order, step)
+        if jax.tree.leaves(stats) and mask is not None:
+            raise ValueError(
+                "Federation: a brick asks for the gradient over all data, whose last batch may be partial, and what "
+                "fills it up would count in the model's batches: take a batch_size that divides each client's examples"
+            )
         loss = averaged(loss_fn, mask, batches.size)
         gradients, _ = jax.grad(loss, has_aux=True)(free, stats, batch, jax.random.fold_in(key, step + 1))
         real = jnp.float32(batches.size) if mask is None else jnp.sum(mask, dtype=jnp.float32)
@@ -333,7 +339,9 @@ def participate(
     batches = _batches(federation, shared, data, index, slot)
     before = sides.restored(row, shared.params)
     start, own, walked = walk_round(federation, sides, shared, before, batches, who)
-    delta = jax.tree.map(lambda new, old: wide(new) - wide(old), walked.y, start)
+    # Of what is shared by turns, all that the client did since it last was.
+    anchor = start if sides.turns is None else sides.params.whole(shared.params, own.params)
+    delta = jax.tree.map(lambda new, old: wide(new) - wide(old), walked.y, anchor)
     weight = _weight(federation, told, batches)
     known: dict[str, Callable[[], PyTree]] = {
         "delta": lambda: delta,
@@ -352,10 +360,10 @@ def participate(
     sent = sides.shared(delta)
     if sides.turns is not None:
         sent = sides.shared(sides.turns.due(delta, jax.tree.map(jnp.zeros_like, delta), shared.round))
-    if federation.uplink or sides.client.brick.asks().end:
-        updates, ended = end_round(
-            sides, ended, jax.tree.map(jnp.negative, sent), shared.params, lambda name: known[name]()
-        )
+    updates, ended = end_round(
+        sides, ended, jax.tree.map(jnp.negative, sent), shared.params, lambda name: known[name]()
+    )
+    if federation.uplink:
         sent = jax.tree.map(jnp.negative, updates)
     auxes = cast(dict[str, FromClients], sides.report(ended))
     stats = sides.stats.shared(walked.stats)
@@ -412,7 +420,7 @@ def _take_steps(
             )
         key = jax.random.fold_in(epoch_key, index + 1)
 
-        def gradient(params: Params) -> tuple[PyTree, tuple[Metrics, PyTree]]:
+        def gradient(params: Params, stats: PyTree = stats) -> tuple[PyTree, tuple[Metrics, PyTree]]:
             made, found = jax.grad(loss, has_aux=True)(free(params), stats, batch, key)
             return jax.tree.map(long_axis_last, made), found
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from functional_optimodules.aux_var import AuxVar, FromServer
 from functional_optimodules.contract import KNOWN
 from functional_optimodules.dependence import sources
 from functional_optimodules.federated.execution import Rows
 from functional_optimodules.federated.parts import Split, Turns, on_shared, own_paths
+from functional_optimodules.numerics import wide
 from functional_optimodules.optimizer import Optimizer, OptimizerState
 from functional_optimodules.packing.adapter import Adapter, adapted
 from functional_optimodules.packing.tree import Packing
@@ -99,7 +101,7 @@ class Sides(NamedTuple):
     def metrics(self, own: Own) -> dict[str, jax.Array]:
         """Return what the bricks of a client say of its round."""
         sides = ("client", self.client.brick.metrics(own.client)), ("uplink", self.uplink.brick.metrics(own.uplink))
-        return {f"{side}/{name}": jnp.asarray(value) for side, found in sides for name, value in found.items()}
+        return {f"{side}/{name}": _number(value) for side, found in sides for name, value in found.items()}
 
     def shared(self, tree: PyTree) -> PyTree:
         """Return what is shared of a tree that clients hold."""
@@ -157,6 +159,12 @@ class Sides(NamedTuple):
         ]
 
 
+def _number(value: ArrayLike) -> jax.Array:
+    """Return what a brick says of itself as a number that can be added to 0: a truth is 0 or 1."""
+    array = jnp.asarray(value)
+    return array.astype(jnp.float32) if array.dtype == bool else array
+
+
 def sides_of(federation: "Federation", params: Params, stats: PyTree, packing: Packing | None) -> Sides:
     """Return both sides, as they act on parameters, which clients pack in some way."""
     own = own_paths(federation.local, params, stats)
@@ -182,7 +190,8 @@ def sides_of(federation: "Federation", params: Params, stats: PyTree, packing: P
         broadcast = jax.eval_shape(lambda params: sides.broadcast(sides.server.init(split.shared(params))), params)
         numbers = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in KNOWN}
         numbers["num_steps"] = jax.ShapeDtypeStruct((), jnp.int32)
-        known = numbers | {name: held for name, shaped in KNOWN.items() if shaped}
+        broad = jax.eval_shape(lambda held: jax.tree.map(wide, held), held)
+        known = numbers | dict.fromkeys(filter(KNOWN.get, KNOWN), broad) | {"anchor_gradient": held}
     return sides._replace(kept=_kept(sides, shapes, held, broadcast, known))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from functional_optimodules.config.fields import differences
 from functional_optimodules.federated.batches import check_batches
@@ -181,7 +182,7 @@ def client_model(federation: "Federation", state: FederationState, client: int |
     if client is None:
         return state.params, state.stats
     total = int(state.num_clients)
-    if type(client) is not int or not 0 <= client < total:
+    if isinstance(client, bool) or not isinstance(client, int | np.integer) or not 0 <= client < total:
         raise ValueError(f"Federation: client={client!r} should be one of the {total} clients, from 0")
     sides = own_sides(federation, state)
     row = sides.parts(leaf[state.slots[client]] for leaf in state.bank)

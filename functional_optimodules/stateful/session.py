@@ -21,7 +21,7 @@ from functional_optimodules.stateful.compiled import Compiled, compiled, layout_
 from functional_optimodules.stateful.leaves import NUMBERS, any_traced, leaf_types, traced
 from functional_optimodules.stateful.placement import Homes, is_sharded, put_beside
 from functional_optimodules.types import Json, Params, PyTree, Updates
-from functional_optimodules.wire.paths import ParamsNeeded, Specs
+from functional_optimodules.wire.paths import ParamsNeeded, Specs, by_path
 
 
 class Fit(NamedTuple):
@@ -211,12 +211,15 @@ class Session:
         if missing := sorted(self.asked - known.keys()):
             raise TypeError(f"{self.owner}: at the end of a round it asks for {', '.join(map(repr, missing))}")
         memory = self.memory
-        if memory.fit is None or not memory.fit.specs.hung:
+        if memory.fit is None or (self.asked and memory.round != "open"):
             raise RuntimeError(f"{self.owner}: there was no step yet, and so no round to end")
         specs, new = memory.fit
         for name in filter(KNOWN.get, known):
             specs.require_shapes(unpack(known[name]), f"{self.owner}: {name}")
-        state = new.end_round(memory.committed(), {name: known[name] for name in self.asked})
+        told = {name: known[name] for name in self.asked}
+        if not specs.hung:  # restored since the last step, and so over paths
+            told = {name: by_path(unpack(tree)) if KNOWN[name] else tree for name, tree in told.items()}
+        state = new.end_round(memory.committed(), told)
         self._remember(memory._replace(state=state, message_out=False, round=None))
 
     def share(self, params: Params) -> Params:

@@ -76,6 +76,11 @@ def leaf_paths(tree: PyTree) -> list[str]:
     return paths
 
 
+def by_path(tree: PyTree) -> PathTree:
+    """Return the leaves of a tree, keyed by path."""
+    return PathTree(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
+
+
 def matching(patterns: Iterable[str], paths: Iterable[str], what: str) -> frozenset[str]:
     """Return the paths that any of some glob patterns match.
 
@@ -87,8 +92,11 @@ def matching(patterns: Iterable[str], paths: Iterable[str], what: str) -> frozen
     """
     known, found = list(paths), set[str]()
     for pattern in patterns:
-        regex = "".join(_regex(token) for token in _TOKEN.findall(pattern))
-        matched = [path for path in known if re.fullmatch(regex, path)]
+        try:
+            regex = re.compile("".join(_regex(token) for token in _TOKEN.findall(pattern)))
+        except re.error as error:
+            raise ValueError(f"{what}: the pattern {pattern!r} cannot be read: {error.msg}") from None
+        matched = [path for path in known if regex.fullmatch(path)]
         if not matched:
             raise ValueError(f"{what}: the pattern {pattern!r} matches no path: {nearest(pattern, known)}")
         found.update(matched)
@@ -101,7 +109,11 @@ _GLOBS = {"**/": "(?:[^/]+/)*", "/**": "(?:/[^/]+)*", "**": ".*", "*": "[^/]*", 
 
 
 def _regex(token: str) -> str:
-    return _GLOBS.get(token) or (token.replace("[!", "[^") if token[1:] else re.escape(token))
+    if token in _GLOBS or not token[1:]:
+        return _GLOBS.get(token) or re.escape(token)
+    others = token[1] == "!"
+    characters = re.sub(r"[\\^\[&~|]", r"\\\g<0>", token[1 + others : -1])
+    return f"[^/{characters}]" if others else f"[{characters}]"
 
 
 class Specs:

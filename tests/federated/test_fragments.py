@@ -44,7 +44,7 @@ def oracle(rounds: list[list[int]], mixing: float) -> tuple[dict[str, np.ndarray
             for name in ("a", "b"):
                 back = mixing * own[who][name] + (1 - mixing) * shared[name]
                 y[name] = back if name in unseen[who] else own[who][name].copy()
-            start = {name: y[name].copy() for name in y}
+            start = {name: shared[name].copy() for name in y}
             for _ in range(STEPS):
                 g = gradient(y, who)
                 y = {name: y[name] - RATE * g[name] for name in y}

@@ -147,7 +147,7 @@ def test_a_client_with_nothing_to_say_is_passed_over():
     assert server.get_state()["clients"] == ["ann"]
 
 
-@pytest.mark.parametrize("fault", [3, "open", True])
+@pytest.mark.parametrize("fault", [3, "closed", True])
 def test_a_saved_state_with_a_bad_round_is_refused(fault):
     server = make_server()
     server.setup(MODEL)
