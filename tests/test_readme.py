@@ -16,6 +16,7 @@ from flax import nnx
 import functional_optimodules as fo
 from functional_optimodules import cli
 from functional_optimodules.catalogue import plugin_table
+from functional_optimodules.federated.aggregation import Aggregator
 from functional_optimodules.testing import contract
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +48,8 @@ def run_document(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Run a document from its first block to its last as one module, once, and return its names."""
     done: dict[str, dict[str, Any]] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fo.OptiModule, "_registry", dict(fo.OptiModule._registry))
+        for kind in (fo.OptiModule, Aggregator):
+            patch.setattr(kind, "_registry", dict(kind._registry))
         patch.chdir(tmp_path_factory.mktemp("documents"))
 
         def run(name: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ The loss is that of evaluation, where there is one: without dropout, and with th
 model's state as it is.
 """
 
-import functools
 from typing import TYPE_CHECKING
 
 import jax
@@ -20,6 +19,7 @@ from functional_optimodules.federated.placement import AXIS, SPLIT, WHOLE, mesh_
 from functional_optimodules.federated.round import Shared, share, walk_round
 from functional_optimodules.federated.sides import Sides
 from functional_optimodules.federated.state import FederationState, own_sides
+from functional_optimodules.optimizer import Optimizer
 from functional_optimodules.stateful.leaves import traced
 from functional_optimodules.types import Params, PyTree
 
@@ -41,7 +41,11 @@ def evaluate(
     if not isinstance(model, FederationState):
         if steps or train is not None:
             raise ValueError("Federation: to evaluate after local steps, pass the federation's state, not parameters")
-        return _evaluate(federation, batch_size, 0, model, data, None, key)
+        # Of what evaluates parameters alone, federations with equal losses share the program.
+        alike = type(federation)(
+            federation.loss_fn, Optimizer(0.0), mapping=federation.mapping, eval_fn=federation.eval_fn
+        )
+        return _compiled(alike, batch_size, 0, model, data, None, key)
     if type(steps) is not int or steps < 0:
         raise ValueError(f"Federation: steps={steps!r} should be an integer of at least 0")
     if steps and "mean_gradient" in federation.client.asks().step:
@@ -57,10 +61,13 @@ def evaluate(
                 f"Federation: data of {each.num_clients} clients, not laid out as the {slots.shape[0]} that the state "
                 "has: over one device the same clients, over a mesh of the same sizes too"
             )
-    return _evaluate(federation, batch_size, steps, model, data, train, key)
+    try:
+        hash(federation)
+    except TypeError:  # rates that are being traced cannot be told apart: what is around compiles this
+        return _evaluate(federation, batch_size, steps, model, data, train, key)
+    return _compiled(federation, batch_size, steps, model, data, train, key)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _evaluate(
     federation: "Federation",
     batch_size: int | None,
@@ -125,3 +132,6 @@ def _evaluate(
     specs = WHOLE, SPLIT, *laid, WHOLE
     run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=WHOLE, check_vma=False)
     return run(shared, bank, data, train, key)
+
+
+_compiled = jax.jit(_evaluate, static_argnums=(0, 1, 2))
