@@ -140,7 +140,12 @@ def main():
         *said,
     ]
     header = "library", "algorithm", "scenarios", "invariants", "difference", "in", "why"
-    write(args.results / "conformance" / "report.md", "Federated algorithms beside their papers", intro, table(header, lines))
+    write(
+        args.results / "conformance" / "report.md",
+        "Federated algorithms beside their papers",
+        intro,
+        table(header, lines),
+    )
     with open(args.results / "conformance" / "report.csv", "w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(("library", "algorithm", "scenario", "result", "difference"))

@@ -44,7 +44,7 @@ import numpy as np
 from functional_optimodules import xla
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.config.plugin import Plugin
-from functional_optimodules.modules.clipping import shrink, sum_of_squares
+from functional_optimodules.modules.clipping import shrink, squared_norm
 from functional_optimodules.numerics import zeros_wide
 from functional_optimodules.types import HostArray, Params, PyTree, State
 
@@ -171,7 +171,7 @@ class WeightedSum(NamedTuple):
 
 
 def _norm(tree: PyTree) -> jax.Array:
-    return xla.norm(sum((sum_of_squares(leaf) for leaf in jax.tree.leaves(tree)), jnp.zeros((), jnp.float32)))
+    return xla.norm(squared_norm(tree))
 
 
 class MeanAggregator(SumAggregator[tuple[()]]):

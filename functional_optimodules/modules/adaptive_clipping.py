@@ -28,13 +28,11 @@ from functional_optimodules import xla
 from functional_optimodules.aux_var import FromClients, FromServer, Scalar
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
-from functional_optimodules.modules.clipping import shrink, sum_of_squares
-from functional_optimodules.modules.noise import draw
-from functional_optimodules.numerics import wide
+from functional_optimodules.modules.clipping import shrink, squared_norm
+from functional_optimodules.modules.noise import noised
 from functional_optimodules.random.chacha import CHACHA20
 from functional_optimodules.random.keys import make_key
 from functional_optimodules.types import Params, PyTree, Updates
-from functional_optimodules.wire.paths import leaf_paths
 
 
 class ClippingReport(FromClients):
@@ -98,7 +96,7 @@ class AdaptiveClippingClientModule(OptiModule[AdaptiveClippingClientState]):
     def update(
         self, updates: Updates, state: AdaptiveClippingClientState, params: Params = None, **extra_args: PyTree
     ) -> tuple[Updates, AdaptiveClippingClientState]:
-        total = sum((sum_of_squares(g) for g in jax.tree.leaves(updates)), jnp.zeros((), jnp.float32))
+        total = squared_norm(updates)
         norm = xla.norm(total)
         clipped = jax.tree.map(lambda g: shrink(g, norm, state.bound), updates)
         inside = (norm <= state.bound).astype(jnp.int32)
@@ -199,7 +197,7 @@ class AdaptiveClippingServerModule(OptiModule[AdaptiveClippingServerState]):
         joined = jnp.maximum(state.joined, 1)
         if not self._is_noiseless:
             multiplier = self.noise_multiplier / jnp.sqrt(1 - (self.noise_multiplier / (2 * self.count_std)) ** 2)
-            updates = _noised(updates, for_mean, multiplier * state.bound / joined)
+            updates = noised(updates, for_mean, multiplier * state.bound / joined)
         count = state.inside + self.count_std * jax.random.normal(for_count, (), jnp.float32)
         share = count / joined
         bound = jnp.where(
@@ -215,14 +213,3 @@ class AdaptiveClippingServerModule(OptiModule[AdaptiveClippingServerState]):
 
     def metrics(self, state: AdaptiveClippingServerState) -> dict[str, jax.Array]:
         return {"bound": state.bound, "share": state.share}
-
-
-def _noised(updates: Updates, key: jax.Array, std: jax.Array) -> Updates:
-    leaves, treedef = jax.tree.flatten(updates)
-    exact = [wide(leaf) for leaf in leaves]
-    noise = draw(key, exact, leaf_paths(updates))
-    noisy = [
-        (x + std.astype(x.real.dtype) * z).astype(jnp.result_type(g))
-        for g, x, z in zip(leaves, exact, noise, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, noisy)

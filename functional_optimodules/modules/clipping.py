@@ -29,6 +29,11 @@ def sum_of_squares(gradient: jax.Array) -> jax.Array:
     return jnp.sum(abs_sq(wide(gradient)))
 
 
+def squared_norm(tree: PyTree) -> jax.Array:
+    """Return the squared norm of all arrays of a tree together, in at least float32."""
+    return sum((sum_of_squares(leaf) for leaf in jax.tree.leaves(tree)), jnp.zeros((), jnp.float32))
+
+
 def shrink(gradient: jax.Array, norm: jax.Array, max_norm: ArrayLike) -> jax.Array:
     """Return a gradient scaled down where a norm is above its bound."""
     above = norm > max_norm
@@ -93,6 +98,5 @@ class L2GlobalClipping(OptiModule[optax.EmptyState]):
     def update(
         self, updates: Updates, state: optax.EmptyState, params: Params = None, **extra_args: PyTree
     ) -> tuple[Updates, optax.EmptyState]:
-        total = sum((sum_of_squares(g) for g in jax.tree.leaves(updates)), jnp.zeros((), jnp.float32))
-        norm = xla.norm(total)
+        norm = xla.norm(squared_norm(updates))
         return jax.tree.map(lambda g: shrink(g, norm, self.max_norm), updates), state

@@ -26,15 +26,9 @@ import jax.numpy as jnp
 from functional_optimodules.aux_var import FromClients, Scalar
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
-from functional_optimodules.modules.clipping import sum_of_squares
+from functional_optimodules.modules.clipping import squared_norm
 from functional_optimodules.numerics import cast_like, wide
 from functional_optimodules.types import Params, PyTree, Updates
-
-
-def squared_norm(updates: Updates) -> jax.Array:
-    """Return the squared norm of a tree, in float32."""
-    total = sum(sum_of_squares(g).astype(jnp.float32) for g in jax.tree.leaves(updates))
-    return jnp.asarray(total, jnp.float32)
 
 
 class FedExPReport(FromClients):
@@ -89,7 +83,7 @@ class FedExPClientModule(OptiModule[FedExPClientState]):
         **extra_args: PyTree,
     ) -> tuple[Updates, FedExPClientState]:
         weight = jnp.asarray(weight, jnp.float32)
-        return updates, FedExPClientState(weight * squared_norm(updates), weight)
+        return updates, FedExPClientState(weight * squared_norm(updates).astype(jnp.float32), weight)
 
     def collect(self, state: FedExPClientState) -> FedExPReport:
         return FedExPReport(total=state.total, weight=state.weight)
@@ -136,7 +130,7 @@ class FedExPServerModule(OptiModule[FedExPServerState]):
         self, updates: Updates, state: FedExPServerState, params: Params = None, **extra_args: PyTree
     ) -> tuple[Updates, FedExPServerState]:
         weight = jnp.where(state.weight > 0, state.weight, 1)
-        rate = jnp.maximum(1, state.total / weight / (2 * (squared_norm(updates) + self.eps)))
+        rate = jnp.maximum(1, state.total / weight / (2 * (squared_norm(updates).astype(jnp.float32) + self.eps)))
         scaled = jax.tree.map(lambda g: wide(g) * rate.astype(wide(g).real.dtype), updates)
         return cast_like(scaled, updates), state._replace(rate=rate.astype(jnp.float32))
 

@@ -17,6 +17,7 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
@@ -77,11 +78,20 @@ class GaussianNoiseModule(OptiModule[NoiseState]):
     def update(
         self, updates: Updates, state: NoiseState, params: Params = None, **extra_args: PyTree
     ) -> tuple[Updates, NoiseState]:
-        leaves, treedef = jax.tree.flatten(updates)
-        exact = [wide(leaf) for leaf in leaves]
-        noise = draw(jax.random.fold_in(state.key, state.steps), exact, leaf_paths(updates))
-        noisy = [(x + self.std * z).astype(jnp.result_type(g)) for g, x, z in zip(leaves, exact, noise, strict=True)]
-        return jax.tree.unflatten(treedef, noisy), NoiseState(state.key, state.steps + 1)
+        noisy = noised(updates, jax.random.fold_in(state.key, state.steps), self.std)
+        return noisy, NoiseState(state.key, state.steps + 1)
+
+
+def noised(updates: Updates, key: jax.Array, std: ArrayLike) -> Updates:
+    """Return updates with normal noise of that standard deviation, in their dtypes."""
+    leaves, treedef = jax.tree.flatten(updates)
+    exact = [wide(leaf) for leaf in leaves]
+    noise = draw(key, exact, leaf_paths(updates))
+    noisy = [
+        (x + jnp.asarray(std).astype(x.real.dtype) * z).astype(jnp.result_type(g))
+        for g, x, z in zip(leaves, exact, noise, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, noisy)
 
 
 def draw(key: jax.Array, like: list[jax.Array], paths: list[str]) -> list[jax.Array]:
