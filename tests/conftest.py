@@ -12,9 +12,11 @@ Compiled programs are kept in `.jax_cache` for the next run, for the other worke
 tests start. JAX finds them by the program, the options, its own version and XLA's.
 """
 
+import gc
 import importlib.metadata
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ CHEAP = (
 )
 CACHE = Path(__file__).parents[1] / ".jax_cache"
 MOST_BYTES = 2**28
+MOST_MAPPINGS = 2**14
 
 platform = os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # XLA ends the process over a flag that it does not know, so that only versions that were tried get them.
@@ -32,6 +35,8 @@ if platform == "cpu" and importlib.metadata.version("jaxlib").startswith("0.10."
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jax  # noqa: E402  (it reads these as it is imported)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,6 +52,19 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # With the slow ones first, the workers end together.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def mappings() -> Iterator[None]:
+    """Compiled programs are forgotten before there are too many of them.
+
+    Each maps memory of its own, and Linux allows a process some 65,000 mappings: beyond that, XLA ends it.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,8 @@ def check_jit_equals_eager(brick: Brick) -> None:
         gradients = randoms(params, seed)
         eager, state = update(brick, gradients, state, params)
         assert_same(ran(compiled, gradients, params), eager, f"`update` differs {broken}", close=True)
-    assert_same(compiled.state, state, f"the state differs {broken}", close=True)
+    # What is left of a difference has the rounding of the numbers that it is of.
+    assert_same(compiled.state, state, f"the state differs {broken}", close=True, size=1.0)
 
 
 @check(Brick)

@@ -128,7 +128,7 @@ def leaves_without_keys(state: PyTree) -> list[PyTree]:
     return [leaf for leaf in jax.tree.leaves(state) if not is_key(leaf)]
 
 
-def assert_same(found: PyTree, expected: PyTree, broken: str, close: bool = False) -> None:
+def assert_same(found: PyTree, expected: PyTree, broken: str, close: bool = False, size: float = 0.0) -> None:
     """Raise an `AssertionError` that names the first leaf in which two trees differ.
 
     Args:
@@ -136,11 +136,12 @@ def assert_same(found: PyTree, expected: PyTree, broken: str, close: bool = Fals
       expected: the tree that it should be.
       broken: what is broken if they differ, and how to mend it.
       close: whether rounding may differ.
+      size: of the numbers that are rounded, where it is above what the tree has.
     """
     assert_same_structure(found, expected, broken)
     leaves = jax.tree_util.tree_leaves_with_path(found)
     for (path, leaf), other in zip(leaves, jax.tree.leaves(expected), strict=True):
-        assert_same_leaf(leaf, other, f"{broken}\n  at {keystr(path)!r}", close)
+        assert_same_leaf(leaf, other, f"{broken}\n  at {keystr(path)!r}", close, size)
 
 
 def assert_same_structure(found: PyTree, expected: PyTree, broken: str) -> None:
@@ -164,13 +165,13 @@ def assert_untouched(tree: PyTree, flat: tuple[list[PyTree], PyTree], broken: st
     assert all(a is b for a, b in zip(leaves, flat[0], strict=True)), broken
 
 
-def assert_same_leaf(found: Leaf, expected: Leaf, broken: str, close: bool) -> None:
+def assert_same_leaf(found: Leaf, expected: Leaf, broken: str, close: bool, size: float) -> None:
     """Raise an `AssertionError` if two arrays differ in shape, dtype or value."""
     assert_same_spec(found, expected, broken)
     a, b = to_numpy(found), to_numpy(expected)
     same = np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
     if close and not same and np.issubdtype(a.dtype, np.inexact):
-        size = np.max(np.abs(b), initial=0, where=np.isfinite(b))
+        size = np.max(np.abs(b), initial=size, where=np.isfinite(b))
         same = np.allclose(a, b, rtol=1e-5, atol=1e-6 * size)
     assert same, f"{broken}: found {a}, expected {b}"
 
