@@ -6,9 +6,12 @@ where it runs, so that the others work without it.
 """
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +25,10 @@ class UsageError(Exception):
     """What was asked for cannot be done; the message says what to change."""
 
 
+class Failure(Exception):
+    """What was asked for was begun, and failed; the message says how."""
+
+
 class Command(NamedTuple):
     """A subcommand.
 
@@ -29,7 +36,8 @@ class Command(NamedTuple):
       name: what is typed.
       summary: what it does, in one line.
       add_arguments: declares its arguments.
-      run: does it, and returns the exit status. A `UsageError` becomes a message, and status 2.
+      run: does it, and returns the exit status. A `UsageError` becomes a message, and status 2;
+        a `Failure` one, and status 1.
     """
 
     name: str
@@ -65,20 +73,77 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="where results go, and what is resumed (default: the file's name)"
     )
+    parser.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="another value of a field, such as client.lrate=0.01, with which a saved run may go on; may be repeated",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would run, with bytes and steps, and end")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    usual = parser.format_help
+    # What only this help needs is imported where it is asked for.
+    parser.format_help = lambda: usual() + _keys_help()  # type: ignore[method-assign]
+
+
+def _keys_help() -> str:
+    from functional_optimodules.experiments.keys import text
+
+    return f"\nkeys of the file:\n\n{text()}\n"
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from functional_optimodules.experiments.run import run_experiment
+    from functional_optimodules.experiments.run import dry_run, run_experiment
 
+    path = arguments.experiment
+    with _saying(path):
+        if arguments.dry_run:
+            dry_run(path, arguments.override)
+        else:
+            run_experiment(path, arguments.output or Path(path.stem), arguments.override)
+    return 0
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that `run` wrote to")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves of all there")
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from functional_optimodules.experiments.summary import compare, draw
+
+    if arguments.plot and (lacking := missing("matplotlib")):
+        raise UsageError(f"--plot needs {lacking}")
+    with _saying("compare"):
+        runs, text = compare(arguments.runs)
+        print(text)
+        if arguments.plot:
+            draw(arguments.plot, runs, " and ".join(map(str, arguments.runs)))
+    return 0
+
+
+@contextlib.contextmanager
+def _saying(what: object) -> Iterator[None]:
+    """Make an error that says all by itself a message."""
     try:
-        run_experiment(arguments.experiment, arguments.output or Path(arguments.experiment.stem))
+        yield
     except FloatingPointError as error:
-        print(f"{_PROGRAM}: {error}", file=sys.stderr)
-        return 1
+        raise Failure(str(error)) from error
+    except KeyboardInterrupt:
+        raise Failure(f"{what}: interrupted: the same command goes on from what was saved") from None
     except (KeyError, ModuleNotFoundError, OSError, TypeError, ValueError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else error
-        raise UsageError(f"{arguments.experiment}: {reason}") from error
-    return 0
+        raise UsageError(f"{what}: {reason}{_where(error)}") from error
+
+
+def _where(error: BaseException) -> str:
+    """Return where an error came from, if that is code which an experiment's file has named."""
+    frames = traceback.extract_tb(error.__traceback__)
+    here = next(index for index, frame in enumerate(frames) if frame.filename == __file__)
+    others = str(Path(__file__).parent), sysconfig.get_paths()["purelib"], sysconfig.get_paths()["stdlib"], "<"
+    own = [frame for frame in frames[here:] if not frame.filename.startswith(others)]
+    return "\n" + "".join(traceback.format_list(own)).rstrip() if own else ""
 
 
 def _kind_or_name(word: str) -> str:
@@ -112,6 +177,7 @@ def _list(arguments: argparse.Namespace) -> int:
 COMMANDS = (
     Command("demo", "train on real images, in Flax and between federated clients", _demo_arguments, _demo),
     Command("run", "run a federated experiment, or resume one", _run_arguments, _run),
+    Command("compare", "set runs side by side: a table, and in what they differ", _compare_arguments, _compare),
     Command("list", "list the plug-ins with their hyper-parameters", _list_arguments, _list),
 )
 
@@ -136,9 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = arguments.run(arguments)
         sys.stdout.flush()
         return status
-    except UsageError as error:
+    except (UsageError, Failure) as error:
         print(f"{_PROGRAM}: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UsageError) else 1
     except BrokenPipeError:
         # Whoever read the output, such as `head`, has seen enough: Python must not flush the rest when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

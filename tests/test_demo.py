@@ -15,7 +15,7 @@ from functional_optimodules.demo import ALGORITHMS, run_demo, training
 from functional_optimodules.demo.peers import Client, Server, exchange
 from functional_optimodules.experiments.config import Experiment
 from functional_optimodules.experiments.data import digits
-from functional_optimodules.experiments.run import Simulation
+from functional_optimodules.experiments.grouping import simulation_of
 
 FOLDER = Path(training.__file__).parent
 
@@ -27,7 +27,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def scaffold():
-    return Simulation.of(Experiment.read(FOLDER / "scaffold.toml"), FOLDER)
+    return simulation_of(Experiment.read(FOLDER / "scaffold.toml"), FOLDER)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_linen_twin_has_the_shapes_of_the_nnx_model():
 def test_every_image_is_on_one_side_and_with_one_client_who_has_two_digits(images, scaffold):
     train, test = images
     assert len(train.y) + len(test.y) == 1797
-    clients = scaffold.problem.clients
+    clients = scaffold.problem.data
     assert [set(client.y) for client in clients] == [{i, (i + 1) % 10} for i in range(10)]
     seen = sorted(x.tobytes() for client in clients for x in client.x)
     assert seen == sorted(x.tobytes() for x in train.x)
@@ -112,7 +112,7 @@ def test_the_experiments_of_the_demo_differ_in_their_optimizers_only():
 def test_server_of_scaffold_learns_from_messages_that_are_text(scaffold):
     experiment, weights = scaffold.experiment, scaffold.init().params
     server = Server(json.dumps(experiment.server.get_config()), weights)
-    client = Client(json.dumps(experiment.client.get_config()), scaffold.problem.clients[3], 20, seed=1)
+    client = Client(json.dumps(experiment.client.get_config()), scaffold.problem.data[3], 20, seed=1)
     before = json.loads(server.message())
     reply = client.train(weights, server.message())
     assert all(isinstance(message, str) for message in (server.message(), reply[1]))

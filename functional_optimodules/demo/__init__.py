@@ -5,12 +5,13 @@
 messages. Here is the story that is told of them, and the promises that are checked.
 """
 
+import functools
 import sys
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -19,7 +20,8 @@ from functional_optimodules.demo.plot import draw
 from functional_optimodules.demo.training import run_linen, run_nnx
 from functional_optimodules.experiments.config import Experiment
 from functional_optimodules.experiments.data import Examples, digits
-from functional_optimodules.experiments.run import Simulation
+from functional_optimodules.experiments.grouping import simulation_of
+from functional_optimodules.experiments.simulation import Simulation
 
 ALGORITHMS = {"FedAvg": "fedavg.toml", "FedProx": "fedprox.toml", "SCAFFOLD": "scaffold.toml"}
 FLAX_ACCURACY = 0.97
@@ -92,9 +94,10 @@ def _flax(train: Examples, test: Examples, steps: int, output: Path) -> list[Pro
 def _federated(rounds: int | None, output: Path) -> list[Promise]:
     folder = Path(__file__).parent
     simulations = {
-        algorithm: Simulation.of(Experiment.read(folder / file), folder) for algorithm, file in ALGORITHMS.items()
+        algorithm: simulation_of(Experiment.read(folder / file), folder) for algorithm, file in ALGORITHMS.items()
     }
-    shares, setting = simulations["SCAFFOLD"].problem.clients, simulations["SCAFFOLD"].experiment.rounds
+    shares = cast(list[Examples], simulations["SCAFFOLD"].problem.data)
+    setting = simulations["SCAFFOLD"].experiment.rounds
     rounds = setting.count if rounds is None else rounds
     _say(
         "\n2. Between clients",
@@ -105,7 +108,7 @@ def _federated(rounds: int | None, output: Path) -> list[Promise]:
         Each is simulated as one compiled program, and some of its rounds once more between a server and clients that
         share nothing: what their optimizers tell each other there is JSON text.""",
     )
-    curves = {name: each.fit(each.init(), rounds)["accuracy"].tolist() for name, each in simulations.items()}
+    curves = {name: _accuracies(each, rounds) for name, each in simulations.items()}
     path = output / "federated.png"
     draw(path, shares, curves, setting.participants or len(shares))
     print(f"\nTest accuracy after each round\n\n{_table(curves)}\n")
@@ -134,6 +137,16 @@ def _federated(rounds: int | None, output: Path) -> list[Promise]:
             farthest <= EXCHANGE_TOLERANCE,
         ),
     ]
+
+
+def _accuracies(simulation: Simulation, rounds: int) -> list[float]:
+    """Run rounds, and return the accuracy after each."""
+    evaluate = functools.partial(cast(Callable[..., Any], simulation.problem.evaluate), test=simulation.arrays.test)
+    participants = simulation.experiment.rounds.participants
+    _, history = simulation.federation.fit(
+        simulation.init(), simulation.data, rounds, participants=participants, evaluate=evaluate, progress=True
+    )
+    return history["accuracy"].tolist()
 
 
 def _say(*paragraphs: str) -> None:

@@ -8,7 +8,7 @@ What makes this FedAvg, FedProx or SCAFFOLD is the configuration alone.
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from functional_optimodules import Optimizer
 from functional_optimodules.experiments.data import Examples
 from functional_optimodules.experiments.model import Layers, perceptron_loss
-from functional_optimodules.experiments.run import Simulation
+from functional_optimodules.experiments.simulation import Simulation
 
 LOCAL_STEPS = 10
 
@@ -103,7 +103,10 @@ def exchange(simulation: Simulation, rounds: int = 3) -> Exchange:
     experiment, state = simulation.experiment, simulation.init()
     server = Server(json.dumps(experiment.server.get_config()), state.params)
     config, batch_size = json.dumps(experiment.client.get_config()), experiment.rounds.batch_size
-    clients = [Client(config, images, batch_size, seed) for seed, images in enumerate(simulation.problem.clients)]
+    clients = [
+        Client(config, images, batch_size, seed)
+        for seed, images in enumerate(cast(list[Examples], simulation.problem.data))
+    ]
     simulate = jax.jit(simulation.federation.round)
     lottery, longest = np.random.default_rng(experiment.seed), "{}"
     for _ in range(rounds):

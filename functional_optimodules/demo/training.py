@@ -18,8 +18,10 @@ from flax.training.train_state import TrainState
 from tqdm import tqdm
 
 from functional_optimodules import Optimizer
-from functional_optimodules.experiments.data import Examples
+from functional_optimodules.experiments import Problem
+from functional_optimodules.experiments.data import Examples, digits
 from functional_optimodules.experiments.model import accuracy, cross_entropy
+from functional_optimodules.federated import partition
 from functional_optimodules.types import Json, PyTree
 
 BATCH_SIZE = 64
@@ -40,6 +42,26 @@ class NnxNetwork(nnx.Module):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         features = nnx.relu(self.convolution(pixels.reshape(-1, 8, 8, 1)))
         return self.linear(nnx.max_pool(features, (2, 2), (2, 2)).reshape(-1, 4 * 4 * 32))
+
+
+def nnx_loss(model: NnxNetwork, batch: Examples) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return the loss of each example, and whether it is recognized."""
+    logits = model(jnp.asarray(batch.x))
+    right = (logits.argmax(-1) == batch.y).astype(jnp.float32)
+    return cross_entropy(logits, batch.y), {"accuracy": right}
+
+
+def federated(seed: int, num_clients: int = 10, alpha: float = 0.5) -> Problem:
+    """Return the nnx network as the problem of an experiment, with labels that are skewed between clients.
+
+    Args:
+      seed: where the split and the initial parameters come from.
+      num_clients: the number of clients.
+      alpha: concentration of the Dirichlet distribution of labels.
+    """
+    train, test = digits(seed)
+    shares = partition.dirichlet(train.y, num_clients, alpha=alpha, seed=seed)
+    return Problem(NnxNetwork(nnx.Rngs(seed)), nnx_loss, [train.take(rows) for rows in shares], test)
 
 
 @nnx.jit

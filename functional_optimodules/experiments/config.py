@@ -1,20 +1,23 @@
-"""What an experiment's file says: data and split, model, optimizers, rounds, mapping, seed."""
+"""What an experiment's file says: problem, optimizers, rounds, seeds, and what is swept over.
+
+What a round may be is read off the fields of `Federation`: a new one needs no line here.
+"""
 
 import dataclasses
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
-from functional_optimodules.config.fields import Configured, field_types, hyperparameter
-from functional_optimodules.federated.options import Execution, OnNonfinite, Weighting
+from functional_optimodules.config.fields import Configured, FrozenConfig, field_types, hyperparameter
+from functional_optimodules.federated import Federation
 from functional_optimodules.optimizer import Optimizer
 from functional_optimodules.types import Json
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Configured):
-    """The table `[data]`.
+    """The table `[data]`; in the table `[problem]`, arguments of `"digits"` and `"npz"`.
 
     Attributes:
       source: `"digits"`, scikit-learn's 1,797 images, or `"npz"`, a NumPy archive
@@ -58,7 +61,7 @@ class DataConfig(Configured):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Configured):
-    """The table `[model]`.
+    """The table `[model]`, likewise.
 
     Attributes:
       hidden: widths of the hidden layers; none is multinomial logistic regression.
@@ -69,29 +72,53 @@ class ModelConfig(Configured):
 
 
 @dataclasses.dataclass(frozen=True)
-class RoundsConfig(Configured):
-    """The table `[rounds]`.
+class RunConfig(Configured):
+    """What `[rounds]` says beside what a round is.
 
     Attributes:
       count: how many rounds.
       participants: clients sampled in a round; all if it is not given.
-      batch_size: examples in a local batch; all of the client's if not given.
-      epochs: local passes in a round.
-      weighting: how clients count in the mean.
-      mapping: `"scan"`, `"vmap"`, a chunk size, or `"mesh"` for all devices.
-      on_nonfinite: `"error"` or `"skip"`, for clients that send such values.
+      drop_rate: the probability with which a participant drops out in mid-round.
       save_every: rounds between two saved states.
     """
 
     _owner: ClassVar[str] = "[rounds]"
     count: int = hyperparameter(within="[1, inf)")
     participants: int | None = hyperparameter(default=None, within="[1, inf)")
-    batch_size: int | None = hyperparameter(default=None, within="[1, inf)")
-    epochs: int = hyperparameter(default=1, within="[1, inf)")
-    weighting: Weighting = "uniform"
-    mapping: Execution | Literal["mesh"] = None
-    on_nonfinite: OnNonfinite = "error"
+    drop_rate: float | None = hyperparameter(default=None, within="[0, 1]")
     save_every: int = hyperparameter(default=10, within="[1, inf)")
+
+
+Mapped: TypeAlias = Literal["scan", "vmap", "mesh"] | int | None
+"""As a federation's `mapping`, where a file says `"mesh"` for all devices."""
+
+_ELSEWHERE = ("loss_fn", "eval_fn", "client", "server")
+
+
+def _round_options() -> list[tuple[str, Any, Any]]:
+    types = field_types(Federation) | {"mapping": Mapped}
+    return [
+        (
+            each.name,
+            types[each.name],
+            dataclasses.field(default=each.default, default_factory=each.default_factory, metadata=each.metadata),  # type: ignore[call-overload]
+        )
+        for each in dataclasses.fields(Federation)
+        if each.name not in _ELSEWHERE
+    ]
+
+
+if TYPE_CHECKING:
+
+    class RoundsConfig(RunConfig, Federation):
+        """The table `[rounds]`: the fields of `RunConfig`, and those of `Federation` but for losses and optimizers."""
+
+        mapping: Mapped  # type: ignore[assignment]
+
+else:
+    RoundsConfig = dataclasses.make_dataclass(
+        "RoundsConfig", _round_options(), bases=(RunConfig,), frozen=True, namespace={"__module__": __name__}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,18 +129,42 @@ class Experiment(Configured):
       rounds: the table `[rounds]`.
       client: the table `[client]`, the configuration of the clients' `Optimizer`.
       server: the table `[server]`, that of the server's.
-      data: the table `[data]`.
-      model: the table `[model]`.
+      problem: the table `[problem]`: `factory`, a function that returns the `Problem`,
+        as `"module:function"`, or `"digits"` or `"npz"`; and its arguments by name.
+      data: the table `[data]`, of the built-in problems.
+      model: the table `[model]`, of the built-in problems.
       seed: where the split, the initial parameters and all draws come from.
+      seeds: several, in the place of one: the experiment is run with each.
+      sweep: the table `[sweep]`: for each of some fields, such as `client.lrate` or
+        `client.modules.0.beta`, the list of its values. All combinations are run.
     """
 
     _owner: ClassVar[str] = "the experiment"
     rounds: RoundsConfig
     client: Optimizer
     server: Optimizer = dataclasses.field(default_factory=lambda: Optimizer(1.0))
+    problem: Mapping[str, Json] | None = None
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     seed: int = hyperparameter(default=0, within="[0, 4294967295]")
+    seeds: tuple[int, ...] = ()
+    sweep: Mapping[str, Json] = FrozenConfig({})
+
+    def validate(self) -> None:
+        """Check that the problem names its factory, and each seed is one.
+
+        Raises:
+          KeyError: if the factory is missing.
+          TypeError: if it is no text.
+          ValueError: if a seed is out of range, or given twice.
+        """
+        if self.problem is not None:
+            if "factory" not in self.problem:
+                raise KeyError("[problem] needs a value for 'factory'")
+            if not isinstance(self.problem["factory"], str):
+                raise TypeError(f"[problem]: factory={self.problem['factory']!r} should be of type str")
+        if len(set(self.seeds)) < len(self.seeds) or not all(0 <= seed < 2**32 for seed in self.seeds):
+            raise ValueError(f"the experiment: seeds={list(self.seeds)} should be different, and in [0, 4294967295]")
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -127,21 +178,28 @@ class Experiment(Configured):
         """
         try:
             config = tomllib.loads(path.read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no TOML: {error}") from None
         return cls.from_config(config)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Json]) -> Self:
         """Build an experiment from the values of its file. Raises as `read` does."""
+        for table in ("data", "model"):
+            if table in config and config.get("problem") is not None:
+                raise ValueError(f"the experiment has both [problem] and [{table}], which is of the built-in ones")
         tables = {name: table.from_config(config[name]) for name, table in _TABLES.items() if name in config}
         return super().from_config({**config, **tables})
 
     def get_config(self) -> dict[str, Json]:
         """Return the experiment as JSON values, as it is saved beside its results."""
-        return {"seed": self.seed, **{name: getattr(self, name).get_config() for name in _TABLES}}
+        unused = ("data", "model") if self.problem is not None else ("problem",)
+        tables = {name: getattr(self, name).get_config() for name in _TABLES}
+        return {name: value for name, value in {**super().get_config(), **tables}.items() if name not in unused}
 
 
 _TABLES: dict[str, type[Configured]] = {
-    name: kind for name, kind in field_types(Experiment).items() if issubclass(kind, Configured)
+    name: kind
+    for name, kind in field_types(Experiment).items()
+    if isinstance(kind, type) and issubclass(kind, Configured)
 }

@@ -1,6 +1,7 @@
 """The data of an experiment: the digits of scikit-learn or an archive, dealt out to clients."""
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +40,8 @@ class Examples(NamedTuple):
         return self.take(order[position * size : (position + 1) * size])
 
 
-class Problem(NamedTuple):
-    """What there is to learn, and from what.
+class Dealt(NamedTuple):
+    """Examples, dealt out to clients.
 
     Attributes:
       clients: the training examples of each client.
@@ -53,7 +54,7 @@ class Problem(NamedTuple):
     classes: int
 
 
-def load(config: DataConfig, seed: int, folder: Path) -> Problem:
+def load(config: DataConfig, seed: int, folder: Path) -> Dealt:
     """Read the data and deal it out to clients.
 
     Args:
@@ -70,7 +71,7 @@ def load(config: DataConfig, seed: int, folder: Path) -> Problem:
     """
     train, test, ids = (*digits(seed), None) if config.source == "digits" else _archive(config, folder)
     clients = [train.take(rows) for rows in _split(config, train.y, ids, seed)]
-    return Problem(clients, test, int(max(train.y.max(), test.y.max())) + 1)
+    return Dealt(clients, test, int(max(train.y.max(), test.y.max())) + 1)
 
 
 def digits(seed: int = 0) -> tuple[Examples, Examples]:
@@ -104,7 +105,7 @@ def _archive(config: DataConfig, folder: Path) -> tuple[Examples, Examples, Arra
                 if name not in archive:
                     raise KeyError(f"[data]: {path.name} has no array {name!r}: there is {archive.files}")
             arrays = {name: archive[name] for name in names}
-    except (EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"[data]: {path.name} is no archive of plain arrays, as `np.savez` writes: {error}") from None
 
     def require(name: str, holds: bool, expected: str) -> None:

@@ -14,7 +14,7 @@ reads them again.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import jax
@@ -52,7 +52,7 @@ _LATER: dict[str, Json] = {
 _SAVED = "Federation: the saved state"
 
 
-def _describe(federation: "Federation") -> dict[str, Json]:
+def describe(federation: "Federation") -> dict[str, Json]:
     """Return what must not change of a federation: all but how it is mapped."""
 
     def config(optimizer: Optimizer) -> Json:
@@ -77,7 +77,7 @@ def encode(federation: "Federation", state: FederationState) -> dict[str, Json]:
     rows = sides.parts(_as_keys(_host(leaf)[slots], leaf) for leaf in state.bank)
     parts = {name: sides.client.portable(part) for name, part in rows.items()}
     return {
-        "federation": _describe(federation),
+        "federation": describe(federation),
         "num_clients": int(state.num_clients),
         "round": int(state.round),
         "key": encode_array(state.key),
@@ -96,15 +96,18 @@ def _extras(sides: Sides, state: FederationState) -> dict[str, PyTree]:
     return {name: tree for name, tree in extras.items() if jax.tree.leaves(tree)}
 
 
-def decode(federation: "Federation", payload: Json, like: FederationState) -> FederationState:
+def decode(
+    federation: "Federation", payload: Json, like: FederationState, changed: Collection[str] = ()
+) -> FederationState:
     """Read a state; see `Federation.decode`."""
     if not isinstance(payload, Mapping):
         raise ValueError(f"Federation: a saved state is a mapping, not {type(payload).__name__}")
     sides = own_sides(federation, like)
     extras = _extras(sides, like)
     require_keys(payload, (*_KEYS, *extras), _SAVED)
-    for field, was, mine in differences(payload["federation"], _describe(federation)):
-        raise ValueError(f"{_SAVED} is of another federation: {field} was {was!r}, and is {mine!r} here")
+    for field, was, mine in differences(payload["federation"], describe(federation)):
+        if field not in changed:
+            raise ValueError(f"{_SAVED} is of another federation: {field} was {was!r}, and is {mine!r} here")
     number, total = payload["round"], payload["num_clients"]
     if type(number) is not int or not 0 <= number < 2**31:
         raise ValueError(f"{_SAVED}'s 'round' should be a count, not {number!r}")
@@ -133,7 +136,7 @@ def decode(federation: "Federation", payload: Json, like: FederationState) -> Fe
         bank=[],
     )
     bank = _decode_bank(sides, payload, like)
-    return replicate(new, mesh_of(federation.mapping))._replace(bank=bank)
+    return replicate(new, mesh_of(federation.mapping), like._replace(bank=[]))._replace(bank=bank)
 
 
 def _decode_bank(sides: Sides, payload: Mapping[str, Json], like: FederationState) -> list[jax.Array]:

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from functional_optimodules.cli import main
-from functional_optimodules.experiments import data
+from functional_optimodules.experiments import data, saved
 from functional_optimodules.experiments import run as running
 from functional_optimodules.experiments.config import DataConfig, Experiment
+
+FILES = {"state.json", "history.csv", "history.jsonl", "clients.csv", "summary.csv"}
 
 SCAFFOLD = """
 seed = 1
@@ -69,14 +71,14 @@ def change(path: Path, old: str, new: str) -> Path:
 def test_a_run_leaves_history_curves_and_state(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = experiment.parent / "out"
     assert main(["run", str(experiment), "--output", str(output)]) == 0
-    assert {path.name for path in output.iterdir()} == {"state.json", "history.csv", "history.json", "curves.png"}
-    history = json.loads((output / "history.json").read_text())
-    rows = list(csv.DictReader((output / "history.csv").read_text().splitlines()))
-    assert history["round"] == [0, 1, 2, 3, 4] == [int(row["round"]) for row in rows]
-    assert history["participants"] == [3] * 5
-    assert history["loss"] == [float(row["loss"]) for row in rows]
-    assert history["accuracy"][-1] > history["accuracy"][0]
-    assert f"{history['accuracy'][-1]:.4f} after 5 rounds" in capsys.readouterr().out
+    assert {path.name for path in output.iterdir()} == FILES | {"curves.png"}
+    history = [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
+    table = list(csv.DictReader((output / "history.csv").read_text().splitlines()))
+    assert [row["round"] for row in history] == [0, 1, 2, 3, 4] == [int(row["round"]) for row in table]
+    assert {row["participants"] for row in history} == {3}
+    assert [row["loss"] for row in history] == [float(row["loss"]) for row in table]
+    assert history[-1]["accuracy"] > history[0]["accuracy"]
+    assert f"{history[-1]['accuracy']:.4g}" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -85,20 +87,21 @@ def test_a_run_that_was_cut_off_is_resumed_with_identical_results(
 ) -> None:
     whole, cut = experiment.parent / "whole", experiment.parent / "cut"
     running.run_experiment(experiment, whole, progress=False)
-    write = running.write_history
+    add = saved.History.add
 
     def stop(*args: Any) -> None:
-        write(*args)
+        add(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(running, "write_history", stop)
+    monkeypatch.setattr(saved.History, "add", stop)
     with pytest.raises(KeyboardInterrupt):
         running.run_experiment(experiment, cut, progress=False)
     monkeypatch.undo()
     running.run_experiment(experiment, cut, progress=False)
     assert "Resuming after 2 of 5 rounds" in capsys.readouterr().out
     assert (cut / "state.json").read_text() == (whole / "state.json").read_text()
-    assert (cut / "history.csv").read_text() == (whole / "history.csv").read_text()
+    for name in FILES:
+        assert (cut / name).read_text() == (whole / name).read_text()
 
 
 @pytest.mark.slow
@@ -110,7 +113,7 @@ def test_a_finished_run_is_not_overwritten_but_may_be_continued(experiment: Path
         running.run_experiment(experiment, output, progress=False)
     assert (output / "state.json").read_text() == before
     history = running.run_experiment(change(experiment, "count = 5", "count = 6"), output, progress=False)
-    assert history["round"] == [0, 1, 2, 3, 4, 5]
+    assert [row["round"] for row in history] == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.slow
@@ -139,7 +142,7 @@ def archive(experiment: Path, **change: Any) -> Path:
 @pytest.mark.slow
 def test_data_come_from_an_archive_by_natural_clients(experiment: Path) -> None:
     history = running.run_experiment(archive(experiment), experiment.parent / "out", progress=False)
-    assert len(history["round"]) == 5
+    assert len(history) == 5
     by_letter = np.repeat(["g", "c", "i", "e"], 10)
     archive_ = archive(experiment, writer=by_letter)
     assert running.run_experiment(archive_, experiment.parent / "again", progress=False) == history
@@ -187,13 +190,15 @@ def test_whole_numbers_are_labels_though_they_be_floats(experiment: Path) -> Non
     assert problem.test.y.dtype == np.int32
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"text", "npy"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"text", "npy", "cut short"])
 def test_a_file_that_is_no_archive_is_named(
     experiment: Path, capsys: pytest.CaptureFixture[str], content: bytes | str
 ) -> None:
     path = archive(experiment).parent / "data.npz"
     if isinstance(content, bytes):
         path.write_bytes(content)
+    elif content == "cut short":
+        path.write_bytes(path.read_bytes()[:-200])
     else:
         with path.open("wb") as file:
             np.save(file, np.ones(3))
@@ -231,7 +236,7 @@ def test_without_the_extras_an_archive_is_run_and_all_but_the_curves_is_written(
 ) -> None:
     output = experiment.parent / "out"
     assert main(["run", str(archive(experiment)), "--output", str(output)]) == 0
-    assert {path.name for path in output.iterdir()} == {"state.json", "history.csv", "history.json"}
+    assert {path.name for path in output.iterdir()} == FILES
     printed, errors = capsys.readouterr()
     assert "No curves were drawn: they need matplotlib: install with `pip install" in printed
     assert "Curves:" not in printed
