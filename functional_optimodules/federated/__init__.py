@@ -5,6 +5,7 @@ from functional_optimodules.federated.buffered import BufferedFederation
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.federation import Federation
 from functional_optimodules.federated.placement import clients_mesh
+from functional_optimodules.federated.staged import StagedData, StagedFederation
 from functional_optimodules.federated.state import FederationState
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "FederatedData",
     "Federation",
     "FederationState",
+    "StagedData",
+    "StagedFederation",
     "aggregation",
     "clients_mesh",
     "partition",

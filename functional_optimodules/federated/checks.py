@@ -197,10 +197,15 @@ def check_sample(data: FederatedData, size: int | None, weights: ArrayLike | Non
     """Return how many clients to sample, and how much each counts, or raise a `ValueError`."""
     if not isinstance(data, FederatedData):
         raise TypeError(f"Federation: `run` and `fit` take FederatedData, not {type(data).__name__}")
-    size = data.num_clients if size is None else size
-    if type(size) is not int or not 1 <= size <= data.num_clients:
-        raise ValueError(f"Federation: participants={size!r} should be from 1 to the {data.num_clients} clients")
-    return size, check_weights(weights, data.num_clients, "clients")
+    return check_size(data.num_clients, size, weights)
+
+
+def check_size(total: int, size: int | None, weights: ArrayLike | None) -> tuple[int, jax.Array | None]:
+    """Return how many of so many clients to sample, and how much each counts, or raise a `ValueError`."""
+    size = total if size is None else size
+    if type(size) is not int or not 1 <= size <= total:
+        raise ValueError(f"Federation: participants={size!r} should be from 1 to the {total} clients")
+    return size, check_weights(weights, total, "clients")
 
 
 def require_finite(history: Mapping[str, ArrayLike]) -> None:

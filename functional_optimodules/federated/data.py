@@ -17,8 +17,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike, NDArray
 
-from functional_optimodules.federated import partition
-from functional_optimodules.federated.placement import SPLIT, WHOLE, mesh_size, replicate, sharding
+from functional_optimodules.federated import partition, sampling
+from functional_optimodules.federated.placement import SPLIT, WHOLE, has_whole_models, mesh_size, replicate, sharding
 from functional_optimodules.types import PyTree
 
 Integers = NDArray[np.integer]
@@ -61,6 +61,17 @@ class FederatedData:
     def per_shard(self) -> int:
         """R, the number of slots of a block."""
         return self.ids.shape[0] // self.num_shards
+
+    def slots_of(self, clients: jax.Array) -> jax.Array:
+        """Return the slots of some clients."""
+        return self.slots[clients]
+
+    def sample(self, key: jax.Array, number: jax.Array, size: int, by_shard: bool) -> jax.Array:
+        """Draw the participants of the round of that number: int32[size]; as many from each shard, if that is asked."""
+        key = sampling.round_key(key, number, self.num_clients)
+        if not by_shard or self.num_shards == 1:
+            return sampling.draw(key, self.num_clients, size)
+        return sampling.draw_by_shard(key, self.slots, self.per_shard, self.num_shards, size)
 
     def partition_specs(self) -> Self:
         """Say of each array whether it is split over a mesh or whole on every device, as `shard_map` asks."""
@@ -140,9 +151,12 @@ class FederatedData:
 
         Raises:
           ValueError: in every process, as for `from_clients`, or if the clients of
-            all processes are not numbered from 0 to N - 1, each once.
+            all processes are not numbered from 0 to N - 1, each once; or if the mesh
+            has another axis than `clients`.
         """
         mesh_size(mesh)
+        if not has_whole_models(mesh):
+            raise ValueError(f"FederatedData: over processes a mesh has one axis, 'clients', and not {mesh.axis_names}")
         names = sorted(clients)
         trees = [jax.tree.map(np.asarray, clients[name]) for name in names]
         fault: ValueError | None = None

@@ -130,7 +130,7 @@ def _evaluate(
         return local(shared, bank, data, train, key)
     laid = data.partition_specs(), None if train is None else train.partition_specs()
     specs = WHOLE, SPLIT, *laid, WHOLE
-    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=WHOLE, check_vma=False)
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=WHOLE, axis_names={AXIS}, check_vma=False)
     return run(shared, bank, data, train, key)
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.options import Execution
-from functional_optimodules.federated.placement import AXIS, SPLIT, WHOLE, mesh_of, mesh_size
+from functional_optimodules.federated.placement import AXIS, SPLIT, WHOLE, has_whole_models, mesh_of, mesh_size
 from functional_optimodules.numerics import where
 from functional_optimodules.types import Params, PyTree
 from functional_optimodules.xla import behind_branch
@@ -37,8 +37,8 @@ class Sums(Protocol):
     def add(self, one: Self, index: jax.Array) -> Self:
         """Add what the participant of that index comes to."""
 
-    def across(self, axis: str) -> Self:
-        """Add up what the devices along an axis of a mesh have."""
+    def across(self, axis: str, whole: bool) -> Self:
+        """Add up what the devices along an axis of a mesh have, whole on each or split along other axes."""
 
     @classmethod
     def partition_specs(cls) -> Self:
@@ -69,11 +69,21 @@ def chunk_size(execution: Execution, participants: int, params: Params) -> int:
     # On CPU a client's own work fills the cores' caches; accelerators want many at once.
     if execution == "scan" or device.platform == "cpu":
         return 1
-    limit = (device.memory_stats() or {}).get("bytes_limit", 2**33)
+    limit = _memory(device)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     fits = max(1, int(limit // 2 // (_COPIES_PER_CLIENT * max(size, 1))))
     # A power of two, so that processes whose devices differ by little compile the same program.
-    return min(2 ** (fits.bit_length() - 1), _LARGEST_CHUNK, participants)
+    # More than its share would be idle places on each device.
+    return min(2 ** (fits.bit_length() - 1), _LARGEST_CHUNK, -(-participants // mesh_size(mesh_of(execution))))
+
+
+def _memory(device: jax.Device) -> int:
+    """Return the bytes that a device has; a guess where it does not tell, as one that is only described."""
+    try:
+        stats = device.memory_stats()
+    except jax.errors.JaxRuntimeError:
+        stats = None
+    return (stats or {}).get("bytes_limit", 2**33)
 
 
 def run_participants(
@@ -109,14 +119,14 @@ def run_participants(
         else:
             mine = jnp.arange(slots.shape[0]) % mesh_size(mesh) == device
         totals, bank = _loop(functools.partial(work, shared, data), chunk, bank, slots, mine)
-        return totals.across(AXIS), bank
+        return totals.across(AXIS, whole=has_whole_models(mesh)), bank
 
     specs = WHOLE, data.partition_specs() if held else WHOLE, SPLIT, WHOLE
     total, _ = jax.eval_shape(
         lambda *args: work(*args), shared, data, jnp.int32(0), jnp.int32(0), [leaf[0] for leaf in bank]
     )
     out_specs = total.partition_specs(), SPLIT
-    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs, axis_names={AXIS}, check_vma=False)
     return run(shared, data, bank, slots)
 
 

@@ -15,7 +15,7 @@ owns it.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import jax
@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import Interval, check_fields, hyperparameter
-from functional_optimodules.federated import checks, evaluation, processes, sampling, saving
+from functional_optimodules.federated import checks, evaluation, processes, saving
 from functional_optimodules.federated.aggregation import Aggregator, MeanAggregator
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.loss import LossFn, Metrics
@@ -36,7 +36,7 @@ from functional_optimodules.federated.round import drop_out, run_round
 from functional_optimodules.federated.state import FederationState, client_model, make_state
 from functional_optimodules.optimizer import Named, Optimizer
 from functional_optimodules.packing.tree import unpack
-from functional_optimodules.types import Json, Params, PyTree
+from functional_optimodules.types import Json, Params, PyTree, State
 
 Evaluate: TypeAlias = Callable[[Any], Metrics]
 """What `run` and `fit` call after each round, with the parameters or, where it has a state, the model."""
@@ -267,9 +267,7 @@ class Federation:
             partial ones are dropped; if a server's module was given a smaller
             `num_clients`; or for a parameter that cannot be trained.
         """
-        if isinstance(self.loss_fn, ModelLoss):
-            params, stats = self.loss_fn.taken_apart(params)
-        return make_state(self, unpack(params), clients, seed, stats)
+        return make_state(self, params, clients, seed, stats)
 
     def round(
         self,
@@ -381,11 +379,7 @@ class Federation:
 
     def sample(self, state: FederationState, data: FederatedData, size: int) -> jax.Array:
         """Draw the participants of the next round: int32[size], without replacement."""
-        # Clients fold in their number, which is less.
-        key = jax.random.fold_in(jax.random.fold_in(state.key, state.round), data.num_clients)
-        if self.sampling == "uniform" or data.num_shards == 1:
-            return sampling.draw(key, data.num_clients, size)
-        return sampling.draw_by_shard(key, data.slots, data.per_shard, data.num_shards, size)
+        return data.sample(state.key, state.round, size, by_shard=self.sampling == "by-device")
 
     def evaluate(
         self,
@@ -466,31 +460,21 @@ class Federation:
           RuntimeError: if another process of the federation is lost.
           ValueError: as `run` does.
         """
-        for name, value, least in (("num_rounds", num_rounds, 0), ("every", every, 1)):
-            if type(value) is not int or value < least:
-                raise ValueError(f"Federation: {name}={value!r} should be an integer of at least {least}")
+        check_rounds(num_rounds, every)
         _, counts = checks.check_sample(data, participants, weights)
         checks.check_rate(drop_rate)
         drops = None if drop_rate is None else jnp.float32(drop_rate)
-        pieces: list[History] = []
-        bar: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if progress and jax.process_index() == 0:
-            from tqdm.auto import tqdm
 
-            bar = tqdm(total=num_rounds, unit="round")
-        with bar as shown:
-            for done in range(0, max(num_rounds, 1), every):
-                count = min(every, num_rounds - done)
-                with processes.naming_lost_peers():
-                    piece = _run_piece(self, participants, evaluate, every, state, data, counts, drops, np.int32(count))
-                    state, rows = piece
-                    pieces.append(jax.tree.map(lambda values, count=count: np.asarray(values)[:count], rows))
-                self.check(pieces[-1])
-                if shown is not None:
-                    shown.update(count)
-                if callback is not None and count and _is_true(callback(state, pieces[-1])):
-                    break
-        return state, jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+        def advance(state: FederationState, count: int) -> tuple[FederationState, History]:
+            with processes.naming_lost_peers():
+                state, rows = run_piece(
+                    self, participants, evaluate, every, state, data, counts, drops, np.int32(count)
+                )
+                history = jax.tree.map(lambda values: np.asarray(values)[:count], rows)
+            self.check(history)
+            return state, history
+
+        return drive(advance, state, num_rounds, every, callback, progress)
 
     def check(self, history: Mapping[str, ArrayLike]) -> None:
         """Check what clients sent in rounds that were run.
@@ -512,20 +496,22 @@ class Federation:
         """
         return saving.encode(self, state)
 
-    def decode(self, payload: Json, like: FederationState) -> FederationState:
+    def decode(self, payload: Json, like: FederationState, *, changed: Collection[str] = ()) -> FederationState:
         """Read what `encode` wrote.
 
         Args:
           payload: the JSON values.
           like: a state of this federation, as `init` makes it: the new one is laid
             out as it is, on any number of devices. It is left intact.
+          changed: fields in which this federation may differ from the saved one, as the
+            errors name them: `client.lrate`, `batch_size`. What is kept must fit all the same.
 
         Raises:
           KeyError: if something is missing or unknown.
-          ValueError: if the saved federation differs in a field, which is named,
+          ValueError: if the saved federation differs in another field, which is named,
             or an array is not as expected.
         """
-        return saving.decode(self, payload, like)
+        return saving.decode(self, payload, like, changed)
 
 
 def _is_true(stop: object) -> bool:
@@ -533,8 +519,51 @@ def _is_true(stop: object) -> bool:
     return isinstance(stop, bool | np.bool_ | jax.Array) and np.shape(stop) == () and bool(stop)
 
 
+def check_rounds(num_rounds: int, every: int) -> None:
+    """Raise a `ValueError` for a number of rounds, or of those of a piece, that is none."""
+    for name, value, least in (("num_rounds", num_rounds, 0), ("every", every, 1)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"Federation: {name}={value!r} should be an integer of at least {least}")
+
+
+def drive(
+    advance: Callable[[State, int], tuple[State, History]],
+    state: State,
+    num_rounds: int,
+    every: int,
+    callback: Callable[[State, History], object] | None,
+    progress: bool,
+) -> tuple[State, History]:
+    """Run rounds piece by piece; see `Federation.fit`.
+
+    Args:
+      advance: `(state, count) -> state, history`, some rounds.
+      state: the state before them.
+      num_rounds: how many rounds in all; without any, `advance` is called once for none.
+      every: rounds of a piece.
+      callback: `(state, history) -> stop`.
+      progress: whether to show a progress bar.
+    """
+    pieces: list[History] = []
+    bar: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if progress and jax.process_index() == 0:
+        from tqdm.auto import tqdm
+
+        bar = tqdm(total=num_rounds, unit="round")
+    with bar as shown:
+        for done in range(0, max(num_rounds, 1), every):
+            count = min(every, num_rounds - done)
+            state, piece = advance(state, count)
+            pieces.append(piece)
+            if shown is not None:
+                shown.update(count)
+            if callback is not None and count and _is_true(callback(state, piece)):
+                break
+    return state, jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
-def _run_piece(
+def run_piece(
     federation: Federation,
     participants: int | None,
     evaluate: Evaluate | None,

@@ -32,6 +32,11 @@ def mesh_size(mesh: Mesh | None) -> int:
     return axes[AXIS]
 
 
+def has_whole_models(mesh: Mesh | None) -> bool:
+    """Whether each device has all of a model: on a mesh of clients alone, and without one."""
+    return mesh is None or mesh.axis_names == (AXIS,)
+
+
 def mesh_of(execution: Execution) -> Mesh | None:
     """Return the mesh, where participants are spread over one."""
     return with_auto_axes(execution) if isinstance(execution, Mesh) else None
@@ -47,14 +52,33 @@ def sharding(mesh: Mesh | None, spec: PartitionSpec) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(with_auto_axes(mesh), spec)
 
 
-def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
+def spec_within(mesh: Mesh | None, leaf: PyTree) -> PartitionSpec:
+    """Return how an array is split along the axes of a mesh, where it is on it and whole for each block of clients."""
+    place = getattr(leaf, "sharding", None)
+    if mesh is None or not isinstance(place, NamedSharding) or place.mesh.axis_names != mesh.axis_names:
+        return WHOLE
+    return WHOLE if AXIS in jax.tree.leaves(tuple(place.spec)) else place.spec
+
+
+def rows_sharding(mesh: Mesh | None, leaf: PyTree) -> NamedSharding | None:
+    """Return how arrays of a row for each client lie over a mesh, where each row is split as an array is."""
+    return sharding(mesh, PartitionSpec(AXIS, *spec_within(mesh, leaf)))
+
+
+def replicate(tree: PyTree, mesh: Mesh | None, like: PyTree = None) -> PyTree:
     """Copy a tree of arrays to every device: with several processes, that of process 0.
 
-    The copies are in buffers of their own, so that they may be donated.
+    The copies are in buffers of their own, so that they may be donated. With one process,
+    what is split along another axis of the mesh than that of clients stays so, or becomes
+    so as in `like`.
     """
     place = sharding(mesh, WHOLE)
     if place is None or jax.process_count() == 1:
-        return jax.tree.map(lambda leaf: jax.device_put(jax.numpy.array(leaf), place), tree)
+
+        def put(leaf: jax.Array, other: jax.Array) -> jax.Array:
+            return jax.device_put(jax.numpy.array(leaf), sharding(mesh, spec_within(mesh, other)))
+
+        return jax.tree.map(put, tree, tree if like is None else like)
     return jax.tree.map(lambda leaf: _from_first(leaf, place), tree)
 
 

@@ -148,8 +148,10 @@ def run_round(
     before = sides.params.shared(state.params)
     server = sides.server.begin_round(state.server, before)
     shared = share(federation, sides, state, server, given)
-    slots = data.slots if isinstance(data, FederatedData) else state.slots
-    slots = slots[participants] if slots.shape[0] else jnp.arange(count, dtype=jnp.int32)
+    if isinstance(data, FederatedData):
+        slots = data.slots_of(participants)
+    else:
+        slots = state.slots[participants] if state.slots.shape[0] else jnp.arange(count, dtype=jnp.int32)
     chunk = chunk_size(federation.mapping, count, state.params)
 
     def run(one: Callable[..., tuple[Totals, Rows]]) -> tuple[Totals, Rows]:
@@ -513,12 +515,14 @@ class Totals(NamedTuple):
 
         return Totals(sums, auxes, stats, each, jax.tree.map(add_row, self.rows, one.rows))
 
-    def across(self, axis: str) -> "Totals":
+    def across(self, axis: str, whole: bool) -> "Totals":
         """Add up the totals of all devices by one all-reduce, and one for each variable that is no sum."""
-        # One vector of several dtypes; integers go through float32 exactly below 2**24.
+        # Of several dtypes; integers go through float32 exactly below 2**24.
         mine = self._replace(rows=())
         dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(mine)))
-        vector, restore = ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(dtype), mine))
+        alike = jax.tree.map(lambda leaf: leaf.astype(dtype), mine)
+        # In one vector, what is split along another axis would be gathered.
+        vector, restore = ravel_pytree(alike) if whole else (alike, lambda tree: tree)
         summed = jax.tree.map(lambda new, old: new.astype(old.dtype), restore(jax.lax.psum(vector, axis)), mine)
 
         def reduced(aux: FromClients, sums: FromClients) -> FromClients:

@@ -4,6 +4,11 @@ import jax
 import jax.numpy as jnp
 
 
+def round_key(key: jax.Array, number: jax.Array, num_clients: int) -> jax.Array:
+    """Return what the participants of a round are drawn from, by its number: clients fold in theirs, which is less."""
+    return jax.random.fold_in(jax.random.fold_in(key, number), num_clients)
+
+
 def draw(key: jax.Array, num_clients: int, size: int) -> jax.Array:
     """Draw clients, each subset with the same probability, in an order of no meaning.
 

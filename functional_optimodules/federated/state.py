@@ -1,6 +1,7 @@
 """The state of a federation: how it is made, and what it was made for."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,12 +15,13 @@ from functional_optimodules.federated.batches import check_batches
 from functional_optimodules.federated.checks import require_clients
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.execution import Rows
+from functional_optimodules.federated.models import ModelLoss
 from functional_optimodules.federated.parts import own_paths
-from functional_optimodules.federated.placement import SPLIT, mesh_of, mesh_size, replicate, sharding
+from functional_optimodules.federated.placement import has_whole_models, mesh_of, mesh_size, replicate, rows_sharding
 from functional_optimodules.federated.sides import Own, Sides, sides_of
 from functional_optimodules.optimizer import OptimizerState
 from functional_optimodules.packing.policy import worthwhile
-from functional_optimodules.packing.tree import Packing
+from functional_optimodules.packing.tree import Packing, unpack
 from functional_optimodules.random.keys import shapes_only
 from functional_optimodules.types import Params, PyTree
 from functional_optimodules.wire.paths import Specs, keystr
@@ -86,13 +88,36 @@ def make_state(
         total = clients
     else:
         raise ValueError(f"Federation: clients={clients!r} should be their data, or their number of at least 1")
+    mesh = mesh_of(federation.mapping)
+    state, first, sides = start(federation, params, total, seed, stats)
+    if not sides.kept:
+        return state
+    state = state._replace(slots=replicate(slots, mesh))
+    ids = jnp.pad(ids, (0, -ids.shape[0] % mesh_size(mesh)), constant_values=ids.shape[0])
+    places = [rows_sharding(mesh, leaf) for leaf in sides.row(first)]
+    rows = jax.jit(jax.vmap(functools.partial(fresh_row, sides), (None, 0)), out_shardings=places)
+    return state._replace(bank=rows(first, ids))
+
+
+def start(
+    federation: "Federation", params: Params, total: int, seed: int, stats: PyTree
+) -> tuple[FederationState, Own, Sides]:
+    """Return the state of so many clients before any round, but for their rows; what each starts from; both sides.
+
+    Raises:
+      ValueError: as `Federation.init` does.
+    """
+    if isinstance(federation.loss_fn, ModelLoss):
+        params, stats = federation.loss_fn.taken_apart(params)
+    params = unpack(params)
     require_clients(federation.server, total)
     _require_trained(params)
     _require_averaged(federation, params, stats)
     mesh = mesh_of(federation.mapping)
     # By the shapes alone: clients' work is laid out by the mesh, wherever the parameters come from.
     packing = worthwhile(jax.eval_shape(lambda tree: tree, params))
-    if federation.local or federation.fragments:  # the tree is taken apart by its leaves
+    # The tree is taken apart by its leaves, or these may be split along another axis of the mesh.
+    if federation.local or federation.fragments or not has_whole_models(mesh):
         packing = None
     sides = sides_of(federation, params, stats, packing)
     shared = sides.params.shared(params)
@@ -100,7 +125,7 @@ def make_state(
         params=params,
         server=sides.server.init(shared),
         bank=[],
-        slots=slots if sides.kept else slots[:0],
+        slots=jnp.zeros(0, jnp.int32),
         num_clients=jnp.int32(total),
         round=jnp.int32(0),
         key=jax.random.key(seed),
@@ -109,14 +134,13 @@ def make_state(
         stats=stats,
         aggregation=federation.aggregation.init(sides.client.hold(shared)),
     )
-    state, first = replicate((state, sides.fresh(params, stats)), mesh)
+    return *replicate((state, sides.fresh(params, stats)), mesh), sides
 
-    def row(first: Own, identity: jax.Array) -> Rows:
-        folded = sides.client.fold_in(first.client, identity), sides.uplink.fold_in(first.uplink, identity)
-        return sides.row(first._replace(client=folded[0], uplink=folded[1]))
 
-    ids = jnp.pad(ids, (0, -ids.shape[0] % mesh_size(mesh)), constant_values=ids.shape[0])
-    return state._replace(bank=jax.jit(jax.vmap(row, (None, 0)), out_shardings=sharding(mesh, SPLIT))(first, ids))
+def fresh_row(sides: Sides, first: Own, client: jax.Array) -> Rows:
+    """Return the row of a client before its first round, from what each starts from."""
+    folded = sides.client.fold_in(first.client, client), sides.uplink.fold_in(first.uplink, client)
+    return sides.row(first._replace(client=folded[0], uplink=folded[1]))
 
 
 def _require_averaged(federation: "Federation", params: Params, stats: PyTree) -> None:
