@@ -1,7 +1,7 @@
 """The built-in problems: a perceptron that learns scikit-learn's digits, or what an archive holds."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,5 @@ def evaluate(params: Layers, test: Examples) -> dict[str, jax.Array]:
     return {"accuracy": accuracy(perceptron(params, test.x), test.y)}
 
 
-BUILT_IN: dict[str, Callable[..., Problem]] = {
-    "digits": functools.partial(make, source="digits"),
-    "npz": functools.partial(make, source="npz"),
-}
-"""The factories that have a name of their own."""
+digits = functools.partial(make, source="digits")
+npz = functools.partial(make, source="npz")

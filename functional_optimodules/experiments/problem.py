@@ -123,13 +123,12 @@ def make_problem(table: Mapping[str, Json], seed: int, folder: Path) -> Problem:
     return problem
 
 
-def _find(name: str, folder: Path) -> Callable[..., Problem]:
-    # The built-in ones need what makes them only where they are asked for.
-    from functional_optimodules.experiments.builtin import BUILT_IN
+BUILT_IN = {name: f"functional_optimodules.experiments.builtin:{name}" for name in ("digits", "npz")}
+"""The factories that have a name of their own."""
 
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    module, colon, function = name.partition(":")
+
+def _find(name: str, folder: Path) -> Callable[..., Problem]:
+    module, colon, function = BUILT_IN.get(name, name).partition(":")
     if not (module and colon and function):
         raise ValueError(
             f"[problem]: factory={name!r} should be 'module:function', or one of {', '.join(map(repr, BUILT_IN))}"
