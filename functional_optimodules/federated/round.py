@@ -202,6 +202,7 @@ def step_server(
         gradients = jax.tree.map(lambda g: scale.astype(g.real.dtype) * g, gradients)
     known = known | {"joined": jnp.sum(totals.each["joined"])}
     asked = {name: known[name] for name in sides.server.brick.asks().step - {"lrate"}}
+    anyone = jnp.any(totals.each["joined"] > 0)
     params, moved = sides.server.apply(cast_like(gradients, before), server, before, **asked)
     if sides.turns is not None:
         params, moved = _by_turns(federation, sides, state.round, (params, moved), (before, server))
@@ -210,7 +211,7 @@ def step_server(
         stats = where(totals.stats.weight > 0, cast_like(totals.stats.mean(), kept), kept)
     # Where nobody joined there was no round for the server; the bank's rows are the old ones already.
     old = before, state.server, state.aggregation, kept
-    params, moved, aggregation, stats = where(known["joined"] > 0, (params, moved, aggregation, stats), old)
+    params, moved, aggregation, stats = where(anyone, (params, moved, aggregation, stats), old)
     state = state._replace(
         params=sides.params.whole(params, sides.params.kept(state.params)),
         server=moved,
