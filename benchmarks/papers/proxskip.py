@@ -191,9 +191,9 @@ def plot(curves, kappas, slopes, path):
     left.set_ylabel("squared distance to the optimum")
     left.legend(frameon=False, fontsize=8)
     ends = np.array([kappas[0], kappas[-1]], float)
-    for theory, text in ((2 / ends, "2 / kappa"), (1 / ends**0.5, "1 / sqrt(kappa)")):
-        right.plot(ends, theory, ":", color=GREY)
-        right.annotate(text, (ends[1], theory[1]), (-4, -18), textcoords="offset points", ha="right", color=GREY)
+    for theory, style, text in ((1 / ends**0.5, "--", "1 / sqrt(kappa)"), (2 / ends, ":", "2 / kappa")):
+        right.plot(ends, theory, style, color=GREY, label=text)
+    right.legend(loc="lower left")
     right.set_xscale("log")
     right.set_yscale("log")
     right.set_xticks(kappas, kappas)
