@@ -139,6 +139,10 @@ READING = (
     "In accuracy, the best of 50 rounds of a model that says one label is that of the most frequent one that it",
     "happens to say: 11.35 here, where the baseline has 9.93. FedAvg, in which nothing but gradients moves a",
     "client, is above chance in this row: the correction is what costs.",
+    "",
+    "With two labels a client it is the same, later: SCAFFOLD gets to 75.9 % and then falls to 9.8 %, where the",
+    "baseline, with all images, is at 96.92. The other methods, and the row of Dirichlet, are within 2.1 points of",
+    "the baseline, with a tenth of its images.",
 )
 
 
@@ -150,7 +154,7 @@ def plot(cells, path):
         cell = cells.get(("1 label", method, variant))
         if cell:
             colour = COLOURS[index] if method == "scaffold" else GREY
-            style = "--" if variant in STARTS and variant else "-"
+            style = "--" if variant in STARTS and variant else ":" if method == "fedavg" and variant else "-"
             accuracies, norms = ([float(value) for value in cell[0][key].split()] for key in ("accuracies", "norms"))
             rounds = range(1, len(accuracies) + 1)
             left.plot(rounds, accuracies, style, color=colour, linewidth=1.5, label=name)
