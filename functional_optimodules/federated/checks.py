@@ -91,7 +91,7 @@ def check_rate(drop_rate: ArrayLike | None) -> None:
 
 def require_clients(server: Optimizer, total: int) -> None:
     """Raise a `ValueError` if a server's module was told of fewer clients than there are."""
-    for module in server.channels().values():
+    for module in server.modules:
         known = module.clients()
         if known is not None and not traced(known) and known < total:
             raise ValueError(

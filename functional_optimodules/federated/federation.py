@@ -460,7 +460,7 @@ class Federation:
           RuntimeError: if another process of the federation is lost.
           ValueError: as `run` does.
         """
-        check_rounds(num_rounds, every)
+        check_rounds(num_rounds, every, callback)
         _, counts = checks.check_sample(data, participants, weights)
         checks.check_rate(drop_rate)
         drops = None if drop_rate is None else jnp.float32(drop_rate)
@@ -519,8 +519,14 @@ def _is_true(stop: object) -> bool:
     return isinstance(stop, bool | np.bool_ | jax.Array) and np.shape(stop) == () and bool(stop)
 
 
-def check_rounds(num_rounds: int, every: int) -> None:
-    """Raise a `ValueError` for a number of rounds, or of those of a piece, that is none."""
+def check_rounds(num_rounds: int, every: int, callback: object) -> None:
+    """Raise an error for a number of rounds, or of those of a piece, that is none, or a callback that is no function.
+
+    Raises:
+      TypeError, ValueError: naming it.
+    """
+    if callback is not None and not callable(callback):
+        raise TypeError(f"Federation: callback={callback!r} should be a function of the state and the history")
     for name, value, least in (("num_rounds", num_rounds, 0), ("every", every, 1)):
         if type(value) is not int or value < least:
             raise ValueError(f"Federation: {name}={value!r} should be an integer of at least {least}")

@@ -393,6 +393,8 @@ class StagedFederation:
         if self.folder is None:
             return StagedState(state, first, Bank(_raw_row(row), data.num_clients, None, 0))
         folder = Path(self.folder)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"StagedFederation: folder={str(self.folder)!r} is a file: expected a folder")
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
         try:
@@ -445,7 +447,7 @@ class StagedFederation:
           ValueError: as `Federation.fit` does, if the state is not the last one, or if a file of the data was cut
             short.
         """
-        check_rounds(num_rounds, every)
+        check_rounds(num_rounds, every, callback)
         _require_staged(data)
         size, counts = checks.check_size(data.num_clients, participants, weights)
         checks.check_rate(drop_rate)

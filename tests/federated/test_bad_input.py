@@ -184,6 +184,8 @@ def test_what_run_and_fit_take() -> None:
         federation().run(state, ONES, 1)
     with pytest.raises(ValueError, match="every=0 should be an integer of at least 1"):
         federation().fit(state, data(), 1, every=0)
+    with pytest.raises(TypeError, match="callback=3 should be a function of the state and the history"):
+        federation().fit(state, data(), 1, callback=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`evaluate` returns a metric 'loss'"):
         federation().run(state, data(), 1, evaluate=lambda w: {"loss": w})
     with pytest.raises(ValueError, match=r"weights of shape \[2\] for 3 clients"):
@@ -224,7 +226,12 @@ def per_client_for(number: int) -> Federation:
     return Federation(squares, client, server, batch_size=2)
 
 
-@pytest.mark.parametrize("make", [server_for, per_client_for])
+def silent_server_for(number: int) -> Federation:
+    server = fo.Optimizer(1.0, modules=[("feddyn-server", {"num_clients": number})])
+    return Federation(squares, fo.Optimizer(0.1, modules=["feddyn-client"]), server, batch_size=2)
+
+
+@pytest.mark.parametrize("make", [server_for, per_client_for, silent_server_for])
 def test_a_servers_module_that_was_told_of_fewer_clients(make: Any) -> None:
     message = r"there are 3 clients, and the server's .*Module\(num_clients=2\) is for 2: give it num_clients=3"
     for clients in (3, data()):

@@ -313,6 +313,13 @@ def test_sizes_that_are_none_are_refused(sizes: Any, message: str) -> None:
         StagedData(ARRAYS, sizes)
 
 
+def test_a_file_in_the_place_of_the_folder_is_refused(staged_data: StagedData, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"folder='.*run' is a file: expected a folder"):
+        init(StagedFederation(problem.federation(), path), staged_data)
+
+
 def test_what_it_cannot_run_is_refused(data: FederatedData, staged_data: StagedData) -> None:
     with pytest.raises(ValueError, match="staged for one device"):
         StagedFederation(problem.federation(mapping=clients_mesh()))
