@@ -5,7 +5,8 @@ from functional_optimodules.federated.buffered import BufferedFederation
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.federation import Federation
 from functional_optimodules.federated.placement import clients_mesh
-from functional_optimodules.federated.staged import StagedData, StagedFederation
+from functional_optimodules.federated.staged.data import StagedData
+from functional_optimodules.federated.staged.federation import StagedFederation
 from functional_optimodules.federated.state import FederationState
 
 __all__ = [

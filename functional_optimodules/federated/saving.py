@@ -27,7 +27,7 @@ from functional_optimodules.federated.placement import mesh_of, replicate
 from functional_optimodules.federated.sides import Sides
 from functional_optimodules.federated.state import FederationState, own_sides
 from functional_optimodules.optimizer import Optimizer
-from functional_optimodules.random.keys import is_key
+from functional_optimodules.random.keys import from_words, words
 from functional_optimodules.stateful.compiled import layout_of
 from functional_optimodules.types import Json, PyTree
 from functional_optimodules.wire.arrays import decode_like, encode_array
@@ -74,7 +74,7 @@ def encode(federation: "Federation", state: FederationState) -> dict[str, Json]:
     specs, shared = Specs.of(state.params), Specs.of(sides.params.shared(state.params))
     clients = _own_clients(state)
     slots = np.asarray(state.slots)[clients]
-    rows = sides.parts(_as_keys(_host(leaf)[slots], leaf) for leaf in state.bank)
+    rows = sides.parts(from_words(_host(leaf)[slots], leaf) for leaf in state.bank)
     parts = {name: sides.client.portable(part) for name, part in rows.items()}
     return {
         "federation": describe(federation),
@@ -168,7 +168,7 @@ def _own_clients(state: FederationState) -> list[int]:
     """Return the clients whose rows are on this process's devices."""
     if not state.bank:
         return []
-    leaf = _raw(state.bank[0])
+    leaf = words(state.bank[0])
     here = np.zeros(leaf.shape[0], bool)
     for shard in leaf.addressable_shards:
         here[shard.index[0]] = True
@@ -181,18 +181,9 @@ def _leaves(parts: Mapping[str, PyTree]) -> dict[str, PyTree]:
     return {keystr(path): leaf for path, leaf in itertools.chain.from_iterable(each)}
 
 
-def _raw(leaf: jax.Array) -> jax.Array:
-    return jax.random.key_data(leaf) if is_key(leaf) else leaf
-
-
-def _as_keys(raw: PyTree, like: jax.Array) -> PyTree:
-    """Return raw values as keys, where what they are the values of holds keys."""
-    return jax.random.wrap_key_data(jnp.asarray(raw), impl=jax.random.key_impl(like)) if is_key(like) else raw
-
-
 def _host(leaf: jax.Array) -> NDArray[np.generic]:
     """Return the raw values of a leaf of the bank that this process has, and zeros for others."""
-    raw = _raw(leaf)
+    raw = words(leaf)
     host = np.zeros(raw.shape, raw.dtype)
     for shard in raw.addressable_shards:
         host[shard.index] = np.asarray(shard.data)
@@ -201,6 +192,6 @@ def _host(leaf: jax.Array) -> NDArray[np.generic]:
 
 def _with_rows(old: jax.Array, slots: NDArray[np.integer], rows: jax.Array) -> jax.Array:
     """Return a leaf of the bank with other rows in some slots, on the same devices."""
-    raw, host = _raw(old), _host(old)
-    host[slots] = np.asarray(_raw(rows))
-    return _as_keys(jax.make_array_from_callback(raw.shape, raw.sharding, lambda index: host[index]), old)
+    raw, host = words(old), _host(old)
+    host[slots] = np.asarray(words(rows))
+    return from_words(jax.make_array_from_callback(raw.shape, raw.sharding, lambda index: host[index]), old)

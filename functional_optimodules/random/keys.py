@@ -83,3 +83,13 @@ def generator_named(name: str, what: str) -> tuple[Any, tuple[int, ...]]:
         return generator, jax.random.key_data(jax.random.key(0, impl=generator)).shape
     except (TypeError, ValueError):
         raise ValueError(f"{what}: {name!r} is no generator of random numbers that JAX has") from None
+
+
+def words(leaf: jax.Array) -> jax.Array:
+    """Return an array; of one of keys, the words that they are made of."""
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
+
+
+def from_words(values: PyTree, like: jax.Array) -> PyTree:
+    """Return what `words` was given: the values as they are, or keys, if what they are like holds such."""
+    return jax.random.wrap_key_data(jnp.asarray(values), impl=jax.random.key_impl(like)) if is_key(like) else values

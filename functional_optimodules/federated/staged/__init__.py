@@ -1,0 +1,1 @@
+"""Data and states of more clients than fit a device."""

@@ -1,0 +1,124 @@
+"""Examples of clients on the host or in files, of which some are read at a time."""
+
+import math
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+
+from functional_optimodules.federated.data import Integers
+from functional_optimodules.federated.staged.files import as_bytes, load, memory, transfer
+from functional_optimodules.types import HostArray, PyTree
+from functional_optimodules.wire.paths import keystr
+
+
+class StagedData:
+    """The examples of N clients on the host or in files, client after client.
+
+    Attributes:
+      examples: pytree of arrays and of files, of M rows each.
+      sizes: int64[N], how many rows each client has.
+      offsets: int64[N], where they begin.
+    """
+
+    def __init__(self, examples: PyTree, sizes: ArrayLike | str | Path) -> None:
+        """Take arrays and files as they are: nothing is read but their headers, and the sizes.
+
+        Args:
+          examples: a pytree of arrays, or paths of `.npy` files, with one example a row:
+            those of client 0 first, then those of client 1, and so on. Files are read as
+            they are needed; memory that is mapped (`np.load(mmap_mode="r")`) is too, but
+            counts as this process's once it was.
+          sizes: int[N], how many rows each client has; or the path of a `.npy` file.
+
+        Raises:
+          ValueError: if a file is no `.npy` file of C order, or shorter than it says; if there is
+            no client, one has no examples, or the arrays are not of as many rows as all have.
+        """
+        self.examples = jax.tree.map(
+            lambda leaf: _File(leaf) if isinstance(leaf, str | Path) else _Array(leaf), examples
+        )
+        counts = load(sizes) if isinstance(sizes, str | Path) else np.asarray(sizes)
+        if counts.ndim != 1 or not len(counts) or counts.dtype.kind not in "iu":
+            raise ValueError(f"StagedData: sizes of {counts.dtype}{list(counts.shape)}: expected an integer a client")
+        if (empty := np.flatnonzero(counts < 1)).size:
+            raise ValueError(f"StagedData: client {empty[0]} has no examples: its size is {counts[empty[0]]}")
+        self.sizes = counts.astype(np.int64)
+        self.offsets = np.cumsum(self.sizes) - self.sizes
+        rows = int(self.sizes.sum())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.examples):
+            if leaf.shape[:1] != (rows,):
+                raise ValueError(
+                    f"StagedData: {keystr(path)!r} of shape {list(leaf.shape)}: expected {rows} rows in front, as many "
+                    f"as the {len(counts)} clients have"
+                )
+
+    @property
+    def num_clients(self) -> int:
+        """N, the number of clients."""
+        return len(self.sizes)
+
+    def most_rows(self, clients: int) -> int:
+        """Return how many rows so many clients have together at most."""
+        return int(np.partition(self.sizes, -clients)[-clients:].sum())
+
+    def read(self, clients: Integers, rows: int) -> tuple[PyTree, Integers]:
+        """Read the examples of some clients.
+
+        Args:
+          clients: their numbers, in rising order.
+          rows: how many rows the arrays are to have, at least as many as the clients'.
+
+        Returns:
+          The examples in arrays of so many rows, and where in these each client's begin.
+
+        Raises:
+          ValueError: if a file ends before it should.
+        """
+        sizes = self.sizes[clients]
+        places = np.cumsum(sizes) - sizes
+        plan = list(zip(self.offsets[clients].tolist(), places.tolist(), sizes.tolist(), strict=True))
+        return jax.tree.map(lambda leaf: leaf.read(plan, rows), self.examples), places
+
+
+Plan = Sequence[tuple[int, int, int]]
+"""Of each run of rows: where it begins, where it is put, and how many there are."""
+
+
+class _Array:
+    """An array of examples in memory, or mapped into it."""
+
+    def __init__(self, array: ArrayLike) -> None:
+        self.array = array if isinstance(array, np.ndarray) else np.asarray(array)
+        self.shape, self.dtype = self.array.shape, self.array.dtype
+
+    def read(self, plan: Plan, rows: int) -> HostArray:
+        found = memory((rows, *self.shape[1:]), self.dtype, aligned=True)
+        for begin, place, count in plan:
+            found[place : place + count] = self.array[begin : begin + count]
+        return found
+
+
+class _File:
+    """An array of examples in a `.npy` file."""
+
+    def __init__(self, path: str | Path) -> None:
+        mapped = load(path, "r")
+        self.path, self.shape, self.dtype = path, mapped.shape, mapped.dtype
+        self.begin = int(getattr(mapped, "offset", 0))
+        self.file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.file)
+
+    def read(self, plan: Plan, rows: int) -> HostArray:
+        found = memory((rows, *self.shape[1:]), self.dtype, aligned=True)
+        raw, width = as_bytes(found), found.dtype.itemsize * math.prod(self.shape[1:])
+        for begin, place, count in plan:
+            try:
+                transfer(os.preadv, self.file, [raw[place : place + count].reshape(-1)], self.begin + begin * width)
+            except EOFError as error:
+                raise ValueError(f"StagedData: {self.path} was cut short: {error}") from None
+        return found
