@@ -39,14 +39,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from functional_optimodules import xla
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.config.plugin import Plugin
 from functional_optimodules.modules.clipping import shrink, squared_norm
 from functional_optimodules.numerics import zeros_wide
-from functional_optimodules.types import HostArray, Params, PyTree, State
+from functional_optimodules.order import sorted_by_network
+from functional_optimodules.types import Params, PyTree, State
 
 
 class Aggregator(Plugin, kind="aggregator"):
@@ -520,50 +520,11 @@ def _trimmed_rows(rows: jax.Array, present: jax.Array, cut: jax.Array) -> jax.Ar
         def step(index: jax.Array, means: jax.Array) -> jax.Array:
             start = index * width  # or less: a slice is moved to lie within, and the last may overlap the one before it
             block = jax.lax.dynamic_slice_in_dim(rows, start, width, axis=1)
-            return jax.lax.dynamic_update_slice_in_dim(means, mean(block, _sort_by_network), start, axis=0)
+            return jax.lax.dynamic_update_slice_in_dim(means, mean(block, sorted_by_network), start, axis=0)
 
         return jax.lax.fori_loop(0, -(-size // width), step, jnp.zeros(size, rows.dtype))
 
     if rows.shape[1] == 0:
         return rows[0]
-    return jax.lax.platform_dependent(rows, cpu=in_blocks, default=lambda rows: mean(rows, _sort))
-
-
-def _sort(rows: jax.Array) -> jax.Array:
-    return jnp.sort(rows, axis=0)
-
-
-def _sort_by_network(rows: jax.Array) -> jax.Array:
-    def exchange(rows: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        partner, upper = step
-        others = rows.at[partner].get(mode="promise_in_bounds", unique_indices=True)
-        return jnp.where(upper, jnp.maximum(rows, others), jnp.minimum(rows, others)), None
-
-    partners, uppers = _network(rows.shape[0])
-    return jax.lax.scan(exchange, rows, (jnp.asarray(partners), jnp.asarray(uppers)))[0]
-
-
-@functools.cache
-def _network(count: int) -> tuple[HostArray, HostArray]:
-    """Return Batcher's merge exchange of a number of rows (Knuth, volume 3, algorithm 5.2.2M).
-
-    Returns:
-      By step and row, the row that it is compared with, itself for none, and whether it
-      gets the larger of the two.
-    """
-    top = 1 << max((count - 1).bit_length() - 1, 0)
-    partners, uppers = [], []
-    span = top
-    while span:
-        distance, bit, reach = span, 0, top
-        while distance:
-            low = np.arange(max(count - distance, 0))
-            low = low[low & span == bit]
-            high = low + distance
-            partner, upper = np.arange(count), np.zeros((count, 1), bool)
-            partner[low], partner[high], upper[high] = high, low, True
-            partners.append(partner)
-            uppers.append(upper)
-            distance, bit, reach = reach - span, span, reach // 2
-        span //= 2
-    return np.array(partners, np.int32), np.array(uppers)
+    at_once = functools.partial(mean, sort=functools.partial(jnp.sort, axis=0))
+    return jax.lax.platform_dependent(rows, cpu=in_blocks, default=at_once)

@@ -35,13 +35,16 @@ from functional_optimodules.aux_var import FromServer
 from functional_optimodules.config.fields import check_fields, hyperparameter, nearest
 from functional_optimodules.federated.checks import Given, check_round
 from functional_optimodules.federated.data import FederatedData
+from functional_optimodules.federated.driver import Evaluate
 from functional_optimodules.federated.execution import Rows, require_blocks
-from functional_optimodules.federated.federation import Evaluate, Federation
+from functional_optimodules.federated.federation import Federation
 from functional_optimodules.federated.loss import Metrics
+from functional_optimodules.federated.participant import Shared, participate
 from functional_optimodules.federated.placement import mesh_of
-from functional_optimodules.federated.round import Shared, Totals, participate, share, step_server
+from functional_optimodules.federated.round import share, step_server
 from functional_optimodules.federated.sides import Sides
 from functional_optimodules.federated.state import FederationState, own_sides
+from functional_optimodules.federated.totals import Totals
 from functional_optimodules.types import Params, PyTree
 from functional_optimodules.xla import behind_branch
 

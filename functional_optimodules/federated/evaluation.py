@@ -15,8 +15,9 @@ from functional_optimodules.federated.checks import Given
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.execution import Rows, chunk_size, require_blocks
 from functional_optimodules.federated.loss import Averages, Metrics, averaged, maskable
+from functional_optimodules.federated.participant import Shared, walk_round
 from functional_optimodules.federated.placement import AXIS, SPLIT, WHOLE, mesh_of
-from functional_optimodules.federated.round import Shared, share, walk_round
+from functional_optimodules.federated.round import share
 from functional_optimodules.federated.sides import Sides
 from functional_optimodules.federated.state import FederationState, own_sides
 from functional_optimodules.optimizer import Optimizer

@@ -12,11 +12,9 @@ the participants one by one, all at once, in chunks, or each on the device that
 owns it.
 """
 
-import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +26,7 @@ from functional_optimodules.config.fields import Interval, check_fields, hyperpa
 from functional_optimodules.federated import checks, evaluation, processes, saving
 from functional_optimodules.federated.aggregation import Aggregator, MeanAggregator
 from functional_optimodules.federated.data import FederatedData
+from functional_optimodules.federated.driver import Evaluate, check_rounds, drive, run_piece
 from functional_optimodules.federated.loss import LossFn, Metrics
 from functional_optimodules.federated.models import LinenLoss, ModelLoss, NnxLoss
 from functional_optimodules.federated.options import Execution, History, OnNonfinite, Remainder, Sampling, Weighting
@@ -36,10 +35,7 @@ from functional_optimodules.federated.round import drop_out, run_round
 from functional_optimodules.federated.state import FederationState, client_model, make_state
 from functional_optimodules.optimizer import Named, Optimizer
 from functional_optimodules.packing.tree import unpack
-from functional_optimodules.types import Json, Params, PyTree, State
-
-Evaluate: TypeAlias = Callable[[Any], Metrics]
-"""What `run` and `fit` call after each round, with the parameters or, where it has a state, the model."""
+from functional_optimodules.types import Json, Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -512,86 +508,3 @@ class Federation:
             or an array is not as expected.
         """
         return saving.decode(self, payload, like, changed)
-
-
-def _is_true(stop: object) -> bool:
-    # What is compared in NumPy or JAX is a scalar of theirs; what else a callback returns says nothing of it.
-    return isinstance(stop, bool | np.bool_ | jax.Array) and np.shape(stop) == () and bool(stop)
-
-
-def check_rounds(num_rounds: int, every: int, callback: object) -> None:
-    """Raise an error for a number of rounds, or of those of a piece, that is none, or a callback that is no function.
-
-    Raises:
-      TypeError, ValueError: naming it.
-    """
-    if callback is not None and not callable(callback):
-        raise TypeError(f"Federation: callback={callback!r} should be a function of the state and the history")
-    for name, value, least in (("num_rounds", num_rounds, 0), ("every", every, 1)):
-        if type(value) is not int or value < least:
-            raise ValueError(f"Federation: {name}={value!r} should be an integer of at least {least}")
-
-
-def drive(
-    advance: Callable[[State, int], tuple[State, History]],
-    state: State,
-    num_rounds: int,
-    every: int,
-    callback: Callable[[State, History], object] | None,
-    progress: bool,
-) -> tuple[State, History]:
-    """Run rounds piece by piece; see `Federation.fit`.
-
-    Args:
-      advance: `(state, count) -> state, history`, some rounds.
-      state: the state before them.
-      num_rounds: how many rounds in all; without any, `advance` is called once for none.
-      every: rounds of a piece.
-      callback: `(state, history) -> stop`.
-      progress: whether to show a progress bar.
-    """
-    pieces: list[History] = []
-    bar: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if progress and jax.process_index() == 0:
-        from tqdm.auto import tqdm
-
-        bar = tqdm(total=num_rounds, unit="round")
-    with bar as shown:
-        for done in range(0, max(num_rounds, 1), every):
-            count = min(every, num_rounds - done)
-            state, piece = advance(state, count)
-            pieces.append(piece)
-            if shown is not None:
-                shown.update(count)
-            if callback is not None and count and _is_true(callback(state, piece)):
-                break
-    return state, jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
-def run_piece(
-    federation: Federation,
-    participants: int | None,
-    evaluate: Evaluate | None,
-    every: int,
-    state: FederationState,
-    data: FederatedData,
-    weights: jax.Array | None,
-    drop_rate: jax.Array | None,
-    count: jax.Array,
-) -> tuple[FederationState, Metrics]:
-    """Run some rounds, at most `every`.
-
-    Their number is an argument of one program: in another one, XLA may fuse, and so
-    round, another way, and a run cut in two would differ from one that is whole.
-    """
-    advance = federation.rounds(data, participants, weights, drop_rate, evaluate)
-    shapes = jax.eval_shape(advance, state)[1]
-    empty = jax.tree.map(lambda leaf: jnp.zeros((every, *leaf.shape), leaf.dtype), shapes)
-
-    def body(index: jax.Array, carry: tuple[FederationState, Metrics]) -> tuple[FederationState, Metrics]:
-        state, history = carry
-        state, metrics = advance(state)
-        return state, jax.tree.map(lambda rows, row: rows.at[index].set(row), history, metrics)
-
-    return jax.lax.fori_loop(0, count, body, (state, empty))

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from functional_optimodules import order
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.federated import Federation
-from functional_optimodules.modules import compression
 from functional_optimodules.modules.compression import QSGDModule, RandomKModule, SignModule, TopKModule
 from functional_optimodules.modules.powersgd import PowerSGDModule
 from functional_optimodules.optimizer import Optimizer
@@ -234,21 +234,21 @@ def test_unbiased_ones_are_contractions_with_error_feedback(module: OptiModule, 
 def test_exactly_k_are_the_largest_and_of_equal_ones_the_first(
     monkeypatch: pytest.MonkeyPatch, way: str, values: int
 ) -> None:
-    monkeypatch.setattr(compression, "_kth", getattr(compression, way))
+    monkeypatch.setattr(order, "_kth", getattr(order, way))
     for size in (2, 37):
         keys = np.random.default_rng(size).integers(0, values, size, dtype=np.uint64).astype(np.uint32)
         for k in {1, size // 2, size - 1, size}:
             expected = np.zeros(size, bool)
             expected[np.argsort(-keys.astype(np.int64), kind="stable")[:k]] = True
-            np.testing.assert_array_equal(compression.largest(jnp.asarray(keys), k), expected)
+            np.testing.assert_array_equal(order.largest(jnp.asarray(keys), k), expected)
 
 
 @pytest.mark.parametrize("way", ["_kth_by_digits", "_kth_by_halving"])
 def test_the_largest_are_told_apart_by_the_last_bit_of_64(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    monkeypatch.setattr(compression, "_kth", getattr(compression, way))
+    monkeypatch.setattr(order, "_kth", getattr(order, way))
     with jax.enable_x64(True):
         keys = jnp.asarray([2**63, 2**63 + 1, 7, 2**63 + 2], jnp.uint64)
-        np.testing.assert_array_equal(compression.largest(keys, 2), [False, True, False, True])
+        np.testing.assert_array_equal(order.largest(keys, 2), [False, True, False, True])
 
 
 def test_of_equal_moduli_top_k_sends_the_first_in_the_order_of_the_paths() -> None:

@@ -37,8 +37,9 @@ from numpy.typing import ArrayLike
 from functional_optimodules.config.fields import differences, require_keys
 from functional_optimodules.federated import checks, saving
 from functional_optimodules.federated.data import Integers
+from functional_optimodules.federated.driver import Evaluate, check_rounds, drive, run_piece
 from functional_optimodules.federated.execution import Rows
-from functional_optimodules.federated.federation import Evaluate, Federation, check_rounds, drive, run_piece
+from functional_optimodules.federated.federation import Federation
 from functional_optimodules.federated.options import History
 from functional_optimodules.federated.sides import Own
 from functional_optimodules.federated.staged.bank import Bank
