@@ -26,8 +26,8 @@ def add_scaled(updates: Updates, alpha: ArrayLike, penalty: Callable[..., jax.Ar
     )
 
 
-class FedProxState(NamedTuple):
-    """State of `FedProxRegularizer`.
+class ReferenceState(NamedTuple):
+    """State of `FedProxRegularizer`, and of others that hold parameters near those at the start of the round.
 
     Attributes:
       reference: the parameters at the start of the round, of their shapes and dtypes.
@@ -37,8 +37,24 @@ class FedProxState(NamedTuple):
     reference: PyTree
     awaits: jax.Array
 
+    @classmethod
+    def new(cls, params: Params) -> "ReferenceState":
+        """Return the state before any round."""
+        return cls(jax.tree.map(jnp.zeros_like, params), jnp.array(True))
 
-class FedProxRegularizer(Regularizer[FedProxState]):
+    def begun(self, params: Params) -> "ReferenceState":
+        """Return the state at the start of a round, of which the parameters may not be known yet."""
+        if params is None:
+            return self._replace(awaits=jnp.array(True))
+        return ReferenceState(jax.tree.map(jnp.copy, params), jnp.array(False))
+
+    def stepped(self, params: Params) -> "ReferenceState":
+        """Return the state in a step, in which the reference is known."""
+        reference = jax.tree.map(lambda w, ref: jnp.where(self.awaits, w, ref), params, self.reference)
+        return ReferenceState(reference, jnp.array(False))
+
+
+class FedProxRegularizer(Regularizer[ReferenceState]):
     """α/2·‖w − w_ref‖², w_ref the weights at the start of the round (Li et al. 2020).
 
         Init(alpha):
@@ -64,21 +80,18 @@ class FedProxRegularizer(Regularizer[FedProxState]):
     packable: ClassVar[bool] = True
     alpha: float = hyperparameter(default=0.01, within="[0, inf)")
 
-    def init(self, params: Params) -> FedProxState:
-        return FedProxState(jax.tree.map(jnp.zeros_like, params), jnp.array(True))
+    def init(self, params: Params) -> ReferenceState:
+        return ReferenceState.new(params)
 
-    def begin_round(self, state: FedProxState, params: Params = None) -> FedProxState:
-        if params is None:
-            return state._replace(awaits=jnp.array(True))
-        return FedProxState(jax.tree.map(jnp.copy, params), jnp.array(False))
+    def begin_round(self, state: ReferenceState, params: Params = None) -> ReferenceState:
+        return state.begun(params)
 
     def update(
-        self, updates: Updates, state: FedProxState, params: Params = None, **extra_args: PyTree
-    ) -> tuple[Updates, FedProxState]:
+        self, updates: Updates, state: ReferenceState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, ReferenceState]:
         weights = self.require(params)
-        reference = jax.tree.map(lambda w, ref: jnp.where(state.awaits, w, ref), weights, state.reference)
-        output = add_scaled(updates, self.alpha, jnp.subtract, weights, reference)
-        return output, FedProxState(reference, jnp.array(False))
+        state = state.stepped(weights)
+        return add_scaled(updates, self.alpha, jnp.subtract, weights, state.reference), state
 
 
 class LassoRegularizer(Regularizer[optax.EmptyState]):

@@ -19,7 +19,7 @@ import optax
 
 from functional_optimodules.brick import OptiModule, Regularizer
 from functional_optimodules.config.fields import hyperparameter
-from functional_optimodules.regularizers import add_scaled
+from functional_optimodules.regularizers import ReferenceState, add_scaled
 from functional_optimodules.types import Params, PyTree, Updates
 from functional_optimodules.wire.paths import leaf_paths, matching
 
@@ -58,19 +58,7 @@ def ditto_loss(loss_fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
     return both
 
 
-class DittoState(NamedTuple):
-    """State of `DittoRegularizer`.
-
-    Attributes:
-      reference: the parameters at the start of the round, of their shapes and dtypes.
-      awaits: boolean scalar, whether the next step's parameters become the reference.
-    """
-
-    reference: PyTree
-    awaits: jax.Array
-
-
-class DittoRegularizer(Regularizer[DittoState]):
+class DittoRegularizer(Regularizer[ReferenceState]):
     """α/2·‖v − w‖² of a client's own model, w the shared one at the start of the round (Li et al. 2021).
 
         Init(alpha):
@@ -95,21 +83,19 @@ class DittoRegularizer(Regularizer[DittoState]):
     name: ClassVar[str] = "ditto"
     alpha: float = hyperparameter(default=0.1, within="[0, inf)")
 
-    def init(self, params: Params) -> DittoState:
-        return DittoState(jax.tree.map(jnp.zeros_like, params), jnp.array(True))
+    def init(self, params: Params) -> ReferenceState:
+        return ReferenceState.new(params)
 
-    def begin_round(self, state: DittoState, params: Params = None) -> DittoState:
-        if params is None:
-            return state._replace(awaits=jnp.array(True))
-        return DittoState(jax.tree.map(jnp.copy, params), jnp.array(False))
+    def begin_round(self, state: ReferenceState, params: Params = None) -> ReferenceState:
+        return state.begun(params)
 
     def update(
-        self, updates: Updates, state: DittoState, params: Params = None, **extra_args: PyTree
-    ) -> tuple[Updates, DittoState]:
+        self, updates: Updates, state: ReferenceState, params: Params = None, **extra_args: PyTree
+    ) -> tuple[Updates, ReferenceState]:
         weights = self.require(params)
-        reference = jax.tree.map(lambda w, ref: jnp.where(state.awaits, w, ref), weights, state.reference)
+        state = state.stepped(weights)
         paths, leaves = leaf_paths(updates), jax.tree.leaves(updates)
-        own, near = jax.tree.leaves(weights), dict(zip(paths, jax.tree.leaves(reference), strict=True))
+        own, near = jax.tree.leaves(weights), dict(zip(paths, jax.tree.leaves(state.reference), strict=True))
         for index, path in enumerate(paths):
             part, _, rest = path.partition("/")
             if part != _PERSONAL:
@@ -119,7 +105,7 @@ class DittoRegularizer(Regularizer[DittoState]):
                 raise ValueError(f"{type(self).__name__}: the parameter {path!r} has no counterpart at {twin!r}")
             leaves[index] = add_scaled(leaves[index], self.alpha, jnp.subtract, own[index], near[twin])
         output: Updates = jax.tree.unflatten(jax.tree.structure(updates), leaves)
-        return output, DittoState(reference, jnp.array(False))
+        return output, state
 
 
 class FedRepState(NamedTuple):
