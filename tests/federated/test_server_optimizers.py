@@ -1,4 +1,4 @@
-"""FedAvg, and adaptive methods in the manner of Reddi et al. (arXiv:2003.00295), come from the server's optimizer."""
+"""FedAvg, and what moving averages and adaptive modules make of it, come from the server's optimizer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ TARGETS = [np.array([1.0, -1.0]), np.array([3.0, 0.5]), np.array([-1.0, 2.0])]
 Rule = Callable[[np.ndarray, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
-def avgm(delta: Any, m: Any, v: Any, t: int) -> Any:
+def ewma(delta: Any, m: Any, v: Any, t: int) -> Any:
     m = B1 * m + (1 - B1) * delta
     return m, m, v
 
@@ -44,12 +44,12 @@ BETAS = {"beta_1": B1, "beta_2": B2, "eps": TAU}
     ("modules", "rule"),
     [
         ([], lambda delta, m, v, t: (delta, m, v)),
-        ([("ewma", {"beta": B1})], avgm),
+        ([("ewma", {"beta": B1})], ewma),
         ([("adagrad", {"eps": TAU})], adagrad),
         ([("adam", BETAS)], adam),
         ([("yogi", BETAS)], yogi),
     ],
-    ids=["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi"],
+    ids=["fedavg", "ewma", "adagrad", "adam", "yogi"],
 )
 def test_the_server_steps_along_the_mean_of_the_clients_deltas(modules: Any, rule: Rule) -> None:
     data = FederatedData.from_clients([target[None].astype(np.float32) for target in TARGETS])
