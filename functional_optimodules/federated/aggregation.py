@@ -13,8 +13,7 @@ norms over all parameters together:
     krum                the d_i of lowest score: the sum of |d_i - d_j|^2 over its n - attackers - 2 nearest
     multi-krum          mean of the `selected` d_i of lowest scores
 
-The first five need sums over the participants alone, in one or several passes, and so no
-more memory for more participants:
+The first five need sums over the participants alone, in one or several passes:
 
     Init(params) -> state
     Round: state = begin_round(state)
@@ -77,7 +76,9 @@ class SumAggregator(Aggregator, Generic[State], register=False):
     """An aggregator that sees sums over participants.
 
     It takes the memory of what one participant contributes, on each device: mostly one
-    copy of the parameters in float32.
+    copy of the parameters in float32. Of more passes than one, each participant keeps its
+    delta until the last: a simulation then takes as many copies as there are participants,
+    on each device, and exchanges sums alone.
 
     Attributes:
       passes: how many sums a round takes, one after the other: a class variable or a

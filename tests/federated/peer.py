@@ -72,6 +72,7 @@ def mesh(output: Path) -> None:
     batches = jax.tree.map(lambda leaf: np.stack([leaf[:1][None]] * 3), problem.clients()[0])
     state = stateless.init(problem.params(), 100)
     found["far"] = np.asarray(stateless.round(state, batches, [97, 5, 42])[1]["joined"]).tolist()
+    found["aggregated"] = {name: problem.aggregated(name, data, mesh) for name in problem.AGGREGATIONS}
     (output.parent / "mesh.json").write_text(json.dumps(found))
 
 

@@ -63,3 +63,25 @@ def run(federation: Federation, data: FederatedData, rounds: int = ROUNDS, size:
 
 def as_numpy(tree: Any) -> dict[str, np.ndarray]:
     return {key: np.asarray(value) for key, value in tree.items()}
+
+
+AGGREGATIONS: dict[str, Any] = {
+    "median": "median",
+    "trimmed-mean": ("trimmed-mean", {"share": 0.3}),
+    "multi-krum": ("multi-krum", {"attackers": 1, "selected": 2}),
+    "geometric-median": "geometric-median",
+    "gradient-masked": "gradient-masked",
+}
+
+
+def aggregated(name: str, data: FederatedData, mapping: Any = None) -> list[list[float]]:
+    """Return the parameters after two rounds of six of the clients, of whom one drops out of each."""
+    federation = Federation(
+        loss, fo.Optimizer(0.2), batch_size=BATCH, aggregation=AGGREGATIONS[name], mapping=mapping, weighting="examples"
+    )
+    state, who = federation.init(params(), data, seed=3), jnp.array([6, 3, 0, 5, 1, 2])
+    advance = jax.jit(lambda state, data, dropped: federation.round(state, data, who, dropped=dropped)[0])
+    for dropped in (1, 4):
+        # Devices that the host plays may wait for each other for ever where two rounds are under way.
+        state = jax.block_until_ready(advance(state, data, jnp.arange(6) == dropped))
+    return [np.asarray(leaf).ravel().tolist() for leaf in jax.tree.leaves(state.params)]

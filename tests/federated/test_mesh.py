@@ -80,3 +80,11 @@ def test_sampling_by_device_asks_each_for_as_many_and_reaches_every_client(found
 
 def test_batches_given_for_far_clients_without_a_state_are_all_run(found: Any) -> None:
     assert found["far"] == [True, True, True]
+
+
+@pytest.mark.parametrize("name", problem.AGGREGATIONS)
+def test_each_aggregation_is_the_same_on_four_devices(name: str, found: Any, data: FederatedData) -> None:
+    alone = problem.aggregated(name, data)
+    for here, there in zip(alone, found["aggregated"][name], strict=True):
+        np.testing.assert_allclose(there, here, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(alone[1], np.ravel(problem.params()["w"]))
