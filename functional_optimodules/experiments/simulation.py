@@ -23,6 +23,7 @@ from functional_optimodules.experiments.drift import Drift, norm
 from functional_optimodules.experiments.problem import Arrays, Code, Problem
 from functional_optimodules.experiments.sweep import Trial, set_at
 from functional_optimodules.federated import FederatedData, Federation, FederationState, clients_mesh
+from functional_optimodules.federated.driver import repeated
 from functional_optimodules.federated.loss import Metrics, averaged
 from functional_optimodules.federated.models import ModelLoss
 from functional_optimodules.federated.options import History
@@ -90,14 +91,7 @@ class Program:
                 raise ValueError(f"[problem]: `evaluate` returns a metric {name!r}, which a round has too: rename it")
             return new, metrics | found
 
-        shapes = jax.eval_shape(one, state)[1]
-        empty = jax.tree.map(lambda leaf: jnp.zeros((rounds.save_every, *leaf.shape), leaf.dtype), shapes)
-
-        def body(index: jax.Array, carry: tuple[FederationState, Metrics]) -> tuple[FederationState, Metrics]:
-            state, metrics = one(carry[0])
-            return state, jax.tree.map(lambda rows, row: rows.at[index].set(row), carry[1], metrics)
-
-        return jax.lax.fori_loop(0, count, body, (state, empty))
+        return repeated(one, state, rounds.save_every, count)
 
     def evaluate(self, federation: Federation, state: FederationState, test: PyTree) -> Metrics:
         """Return what is measured after a round."""

@@ -88,16 +88,23 @@ def run_piece(
     drop_rate: jax.Array | None,
     count: jax.Array,
 ) -> tuple[FederationState, Metrics]:
-    """Run some rounds, at most `every`.
+    """Run some rounds, at most `every`; see `repeated`."""
+    advance = federation.rounds(data, participants, weights, drop_rate, evaluate)
+    return repeated(advance, state, every, count)
+
+
+def repeated(
+    advance: Callable[[State], tuple[State, Metrics]], state: State, most: int, count: jax.Array
+) -> tuple[State, Metrics]:
+    """Run some rounds in a loop, `count` of at most `most`: return the state, and their metrics in `most` rows.
 
     Their number is an argument of one program: in another one, XLA may fuse, and so
     round, another way, and a run cut in two would differ from one that is whole.
     """
-    advance = federation.rounds(data, participants, weights, drop_rate, evaluate)
     shapes = jax.eval_shape(advance, state)[1]
-    empty = jax.tree.map(lambda leaf: jnp.zeros((every, *leaf.shape), leaf.dtype), shapes)
+    empty = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), shapes)
 
-    def body(index: jax.Array, carry: tuple[FederationState, Metrics]) -> tuple[FederationState, Metrics]:
+    def body(index: jax.Array, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
         state, history = carry
         state, metrics = advance(state)
         return state, jax.tree.map(lambda rows, row: rows.at[index].set(row), history, metrics)
