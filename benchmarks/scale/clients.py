@@ -172,6 +172,7 @@ def main():
         ("parameters", [(min(most, 10_000), min(most, 1_000), features) for features in FEATURES], 2),
     ]
     both = min(most, 20_000)
+    Path(args.folder).mkdir(parents=True, exist_ok=True)
     folder, found = Path(tempfile.mkdtemp(dir=args.folder)), {}
     try:
         sections = [
