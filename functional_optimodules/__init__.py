@@ -5,7 +5,7 @@ over pytrees, for `optax.chain`, Flax, `jit` and `scan`. The same object offers
 `run`, `get_state` and messages between clients and servers.
 """
 
-from functional_optimodules.aux_var import FromClients, FromServer, Max, Min, PerClient, Scalar
+from functional_optimodules.aux_var import Amount, Flag, FromClients, FromServer, Max, Min, Newcomer, PerClient, Scalar
 from functional_optimodules.brick import OptiModule, Regularizer, list_optim_modules, list_optim_regularizers
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.modules.adaptive import AdaGradModule, AdamModule, RMSPropModule, YogiModule
@@ -32,6 +32,7 @@ from functional_optimodules.packing.policy import map_parameters, pack, set_smal
 from functional_optimodules.packing.tree import Packed, unpack
 from functional_optimodules.regularizers import FedProxRegularizer, LassoRegularizer, RidgeRegularizer
 from functional_optimodules.schedulers import (
+    SGDR,
     Clock,
     CosineAnnealing,
     CosineAnnealingWarmRestarts,
@@ -48,14 +49,17 @@ from functional_optimodules.schedulers import (
     list_rate_schedulers,
 )
 from functional_optimodules.types import Params
+from functional_optimodules.wire.limits import Limits, limits, set_limits
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SGDR",
     "AdaGradModule",
     "AdamModule",
     "AdaptiveClippingClientModule",
     "AdaptiveClippingServerModule",
+    "Amount",
     "Clock",
     "CosineAnnealing",
     "CosineAnnealingWarmRestarts",
@@ -79,6 +83,7 @@ __all__ = [
     "FedProxRegularizer",
     "FedRepModule",
     "FedYogiModule",
+    "Flag",
     "FromClients",
     "FromServer",
     "GaussianNoiseModule",
@@ -86,6 +91,7 @@ __all__ = [
     "L2Clipping",
     "L2GlobalClipping",
     "LassoRegularizer",
+    "Limits",
     "LinearDecay",
     "Max",
     "MimeClientModule",
@@ -93,6 +99,7 @@ __all__ = [
     "MimeServerModule",
     "Min",
     "MomentumModule",
+    "Newcomer",
     "OptaxModule",
     "OptiModule",
     "Optimizer",
@@ -121,11 +128,13 @@ __all__ = [
     "YogiMomentumModule",
     "ditto_loss",
     "hyperparameter",
+    "limits",
     "list_optim_modules",
     "list_optim_regularizers",
     "list_rate_schedulers",
     "map_parameters",
     "pack",
+    "set_limits",
     "set_small_leaf",
     "small_leaf",
     "unpack",

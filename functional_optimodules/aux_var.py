@@ -6,6 +6,7 @@ variables; their annotations say the rest:
     class Report(FromClients):          # what each client sends
         delta: Params                   # shaped like the parameters; summed over clients
         steps: Max[Scalar]              # one number; the largest of the clients'
+        weight: Amount                  # one number of at least 0; summed over clients
 
     class Directive(FromServer):        # what the server sends
         variate: Params                 # the same to every client
@@ -14,6 +15,9 @@ variables; their annotations say the rest:
 The types are pytrees, so that they go through `jit`, `vmap` and `psum`. The
 reduction over clients is a sum, a maximum or a minimum, field by field: the
 order and the grouping of the clients do not matter.
+
+What a client says may be false. A server's facade refuses, by the client's name,
+numbers that are not finite, above `Limits`, or not what the annotation says.
 """
 
 import dataclasses
@@ -62,6 +66,12 @@ class Reduction(enum.Enum):
 
 Scalar: TypeAlias = Annotated[jax.Array, Mark.SCALAR]
 """A variable that is one number."""
+Amount: TypeAlias = Annotated[Scalar, Mark.AMOUNT]
+"""One number of at least 0, such as a weight: a server's facade refuses another by the client's name."""
+Flag: TypeAlias = Annotated[Scalar, Mark.FLAG]
+"""One number that is 0 or 1: a server's facade refuses another by the client's name."""
+Newcomer: TypeAlias = Annotated[Flag, Mark.NEWCOMER]
+"""A flag that is 1 in a client's first message. A server's facade knows the names, and takes nobody's word for it."""
 
 if TYPE_CHECKING:  # each is its variable's own type; what it adds is read when the class is declared
     Max = Annotated[T, Reduction.MAX]
@@ -93,12 +103,18 @@ class Variable(NamedTuple):
     Attributes:
       shaped: whether it is shaped like the parameters.
       scalar: whether it is one number.
+      amount: whether that is at least 0.
+      flag: whether that is 0 or 1.
+      newcomer: whether that is 1 in a client's first message alone.
       per_client: whether it has a leading axis of clients on the server's side.
       reduction: how the clients' values become one.
     """
 
     shaped: bool
     scalar: bool
+    amount: bool
+    flag: bool
+    newcomer: bool
     per_client: bool
     reduction: Reduction
 
@@ -106,7 +122,15 @@ class Variable(NamedTuple):
     def of(cls, marks: tuple[object, ...]) -> Self:
         """Read the marks of an annotation."""
         reduction = next((mark for mark in marks if isinstance(mark, Reduction)), Reduction.SUM)
-        return cls(Mark.SHAPED in marks, Mark.SCALAR in marks, Mark.PER_CLIENT in marks, reduction)
+        return cls(
+            shaped=Mark.SHAPED in marks,
+            scalar=Mark.SCALAR in marks,
+            amount=Mark.AMOUNT in marks,
+            flag=Mark.FLAG in marks,
+            newcomer=Mark.NEWCOMER in marks,
+            per_client=Mark.PER_CLIENT in marks,
+            reduction=reduction,
+        )
 
 
 @dataclass_transform(frozen_default=True)
@@ -186,6 +210,11 @@ class FromClients(AuxVar):
         return self._with(
             {name: v.reduction.merge(getattr(self, name), getattr(other, name)) for name, v in self.variables().items()}
         )
+
+    def newcomers(self, new: bool) -> Self:
+        """Return the variables with those that tell a client's first message from later ones set."""
+        own = self._of(lambda variable: variable.newcomer)
+        return self._with({name: jnp.full_like(flag, new) for name, flag in own.items()}) if own else self
 
     def neutral(self) -> Self:
         """Return variables, shaped like these, that change nothing when merged with others."""

@@ -60,12 +60,17 @@ class OptiModule(Brick[State], kind="module"):
         A server's may be `{"per_client": {client: message}}`, of which each
         client is handed its own, and sending it begins the round. What the message
         says is committed by the next `run`, `on_round_start` or `process_aux_var`,
-        unless it is retracted.
+        unless it is retracted, or says numbers that are not finite: these are refused
+        where they arrive, and count as lost.
         """
         return next(iter(self._session.collect().values()), None)
 
     def retract_aux_var(self) -> None:
-        """Say that the last collected message is known to be lost: it will not be committed."""
+        """Say that the last collected message is known to be lost: it will not be committed.
+
+        Raises:
+          RuntimeError: if there is none, or what came since has committed it.
+        """
         self._session.retract()
 
     def process_aux_var(self, aux_var: Mapping[str, Json]) -> None:
@@ -75,9 +80,9 @@ class OptiModule(Brick[State], kind="module"):
           KeyError: if a variable is missing or unknown.
           NotImplementedError: if the module receives nothing.
           TypeError: if a variable is of the wrong kind, or from the wrong side.
-          ValueError: if a shape is wrong, a value is not finite, or there is no
-            client. Each names the variable, and on a server the client. The
-            state stays as it was.
+          ValueError: if a shape is wrong, a value is not finite, out of its range or above
+            `Limits`, there is no client, or one too many. Each names the variable, and on
+            a server the client. The state stays as it was.
         """
         if self.receives is None:
             raise NotImplementedError(f"{type(self).__name__} receives no auxiliary variables")

@@ -1,6 +1,7 @@
 """Arithmetic that bricks share: accumulators' dtypes, and derivatives that stay finite."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -56,6 +57,19 @@ def is_finite(tree: PyTree) -> jax.Array:
     """Whether all values of a tree are finite; an empty tree is."""
     flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.all(jnp.stack(flags)) if flags else jnp.array(True)
+
+
+def all_finite(tree: PyTree) -> bool:
+    """Whether all values of a tree that is not traced are finite, without a program for all of its leaves."""
+    flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return all(jax.device_get(flags))
+
+
+def total(numbers: Iterable[jax.Array]) -> jax.Array:
+    """Return the sum of real numbers in the widest of their dtypes, and at least float32; 0 of none."""
+    # Meant, and so allowed where the user has made implicit promotion an error.
+    with jax.numpy_dtype_promotion("standard"):
+        return sum(list(numbers), jnp.zeros((), jnp.float32))
 
 
 def where(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:

@@ -9,6 +9,7 @@ With u the index of the step, or of the round where `step_level` is false:
     polynomial-decay                base * (1 - min(1, u / limit)) ** power
     cosine-annealing                base + (max_lr - base) * (1 + cos(pi * u / duration)) / 2
     cosine-annealing-warm-restarts  the same over each period, max_lr scaled by t_mult each time
+    sgdr                            the same over each period, the period scaled by t_mult each time
     cyclic-triangular               base + (max_lr - base) * triangle(step)
     cyclic-exp-range                the same, times decay ** step
     warmup, warmup-rounds           a linear climb, then a constant or another scheduler
@@ -80,6 +81,10 @@ class Scheduler(Stateful, kind="scheduler"):
     def value(self, clock: PyTree) -> jax.Array:
         """Return the rate at a time, a scalar of JAX's default precision."""
         return real(self.compute_value(clock.steps, clock.round_))
+
+    def _first(self) -> jax.Array:
+        """Return the rate before the first step."""
+        return self.value(self.init())
 
     def advance(self, clock: PyTree) -> PyTree:
         """Return the clock after one more step."""
@@ -282,7 +287,10 @@ class CosineAnnealing(Scheduler):
 
 
 class CosineAnnealingWarmRestarts(Scheduler):
-    """Cosine annealing that starts anew each period (Loshchilov & Hutter 2016).
+    """Cosine annealing that starts anew each period from t_mult times the last max_lr, as in declearn: see `SGDR`.
+
+    In the paper of that name it is the period that `t_mult` multiplies, which is what
+    `SGDR` does. Here a `t_mult` above 1 makes rates grow without a bound.
 
     Attributes:
       base: the rate at the end of each period.
@@ -292,8 +300,9 @@ class CosineAnnealingWarmRestarts(Scheduler):
       step_level: whether the unit is a step, rather than a round.
 
     References:
+      declearn, `CosineAnnealingWarmRestarts`, https://gitlab.inria.fr/magnet/declearn.
       Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm
-      restarts", section 3, arXiv:1608.03983.
+      restarts", arXiv:1608.03983.
     """
 
     name: ClassVar[str] = "cosine-annealing-warm-restarts"
@@ -306,6 +315,49 @@ class CosineAnnealingWarmRestarts(Scheduler):
     def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
         cycle, position = jnp.divmod(step if self.step_level else round_, self.period)
         return _anneal(self.base, self.max_lr * power(self.t_mult, cycle), _ratio(position, self.period))
+
+
+class SGDR(Scheduler):
+    """Cosine annealing that starts anew each period, t_mult times as long as the last (Loshchilov & Hutter 2017).
+
+    Attributes:
+      base: the rate at the end of each period.
+      max_lr: the rate at the start of each period.
+      period: units in the first period.
+      t_mult: factor of the period from one to the next.
+      step_level: whether the unit is a step, rather than a round.
+
+    References:
+      Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts",
+      section 3 and equation 5, ICLR 2017, arXiv:1608.03983.
+    """
+
+    name: ClassVar[str] = "sgdr"
+    base: float = hyperparameter(within="[0, inf)")
+    max_lr: float = hyperparameter(within="[0, inf)")
+    period: int = hyperparameter(within="[1, 1073741823]")
+    t_mult: int = hyperparameter(default=1, within="[1, 1073741823]")
+    step_level: bool = True
+
+    def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
+        index = step if self.step_level else round_
+        whole = jnp.where(self.t_mult == 1, index // self.period * self.period, 0)
+        most = jnp.iinfo(index.dtype).max
+
+        # Where a period begins is an integer, which is exact. In int32 no more than 30 periods that double have an
+        # end: the last may be longer than any integer, and is so as a real number.
+        def later(_: int, current: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            begin, length, real_length = current
+            over = index - begin >= length
+            longer = jnp.where(length > most // self.t_mult, most, length * self.t_mult)
+            longest = real_length * real(self.t_mult)
+            return tuple(
+                jnp.where(over, new, old) for new, old in zip((begin + length, longer, longest), current, strict=True)
+            )
+
+        start = (whole, jnp.full_like(index, self.period), real(self.period))
+        begin, _, length = jax.lax.fori_loop(0, 31, later, start)
+        return _anneal(self.base, self.max_lr, _ratio(index - begin, length))
 
 
 def _triangle(step: jax.Array, stepsize: ArrayLike) -> jax.Array:
@@ -382,6 +434,10 @@ class _Warmup(Scheduler, register=False):
     base: float | Scheduler | tuple[str, Mapping[str, Json]] = hyperparameter(within="[0, inf)")
     warmup: int = hyperparameter(within="[0, 1073741823]")
 
+    def _first(self) -> jax.Array:
+        # A climb within a climb within a climb would otherwise compute each of them twice.
+        return self._wrapped._first() * _ratio(1, jnp.maximum(self.warmup, 1))
+
     @abc.abstractmethod
     def _unit(self, clock: WarmupClock) -> jax.Array:
         """Return the index of the current unit of the climb."""
@@ -394,8 +450,7 @@ class _Warmup(Scheduler, register=False):
         return WarmupClock(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), self._wrapped.init())
 
     def value(self, clock: WarmupClock) -> jax.Array:
-        first = self._wrapped.value(self._wrapped.init())
-        climb = first * _ratio(self._unit(clock) + 1, jnp.maximum(self.warmup, 1))
+        climb = self._wrapped._first() * _ratio(self._unit(clock) + 1, jnp.maximum(self.warmup, 1))
         return jnp.where(self._unit(clock) < self.warmup, climb, self._wrapped.value(clock.inner))
 
     def advance(self, clock: WarmupClock) -> WarmupClock:

@@ -21,6 +21,9 @@ class Mark(enum.Enum):
 
     SHAPED = "shaped like the parameters"
     SCALAR = "one number"
+    AMOUNT = "at least 0"
+    FLAG = "0 or 1"
+    NEWCOMER = "1 from a client that was not heard of before"
     PER_CLIENT = "one for each client"
 
     def __repr__(self) -> str:

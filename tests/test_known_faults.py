@@ -113,6 +113,7 @@ def test_scaffold_server_divides_by_all_clients_where_their_number_is_given(num_
     np.testing.assert_allclose(-receiver.state.correction["w"], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("safe_mode", [True, False])
 def test_resumed_run_draws_the_noise_that_it_would_have_drawn(safe_mode):
     zero = {"w": jnp.zeros(50)}

@@ -178,3 +178,24 @@ def test_third_party_scheduler_writes_one_method():
 
     assert facade(fo.Warmup(Halving(), 1), 2, 2) == [1.0, 1.0, 0.25, 0.125]
     assert "halving" not in fo.list_rate_schedulers()
+
+
+@pytest.mark.parametrize(("period", "factor"), [(1, 2), (7, 5), (10, 1)])
+def test_the_periods_of_sgdr_begin_where_they_should_as_long_as_steps_can_be_counted(period, factor):
+    steps = np.append(np.random.default_rng(0).integers(0, 2**31 - 1, 50), 2**31 - 1)
+    scheduler = fo.SGDR(0.0, 1.0, period, factor)
+    rates = jax.vmap(lambda step: scheduler.compute_value(step, step))(jnp.asarray(steps, jnp.int32))
+    expected = []
+    for step in map(int, steps):
+        begin, length = (step // period * period, period) if factor == 1 else (0, period)
+        while step - begin >= length:
+            begin, length = begin + length, length * factor
+        expected.append((1 + np.cos(np.pi * (step - begin) / length)) / 2)
+    np.testing.assert_allclose(rates, expected, atol=1e-6)
+
+
+def test_warmups_that_nest_deep_cost_as_much_as_they_are_many():
+    scheduler = fo.LinearDecay(1.0, 0.25)
+    for _ in range(40):
+        scheduler = fo.Warmup(scheduler, 1)
+    assert [scheduler.get_next_rate() for _ in range(3)] == [1.0, 1.0, 1.0]

@@ -39,10 +39,12 @@ def check(tmp_path: Path, returned: str, value: str) -> str:
     return mypy.api.run([*options, str(path)])[0]
 
 
+@pytest.mark.slow
 def test_a_right_brick_passes(tmp_path: Path) -> None:
     assert "no issues found" in check(tmp_path, "tuple[Updates, Count]", "updates, Count(state.steps + 1)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("returned", "value", "message"),
     [

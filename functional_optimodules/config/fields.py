@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, Union
 import jax
 import numpy as np
 
+from functional_optimodules.config.outside import quote, require_shallow
 from functional_optimodules.types import Json
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class FrozenConfig(Mapping[str, Json]):
     """A read-only, hashable mapping of JSON values; equal if its JSON text is."""
 
     def __init__(self, values: Mapping[str, Json]) -> None:
+        require_shallow(values, "a configuration")
         self._text = json.dumps(dict(values), sort_keys=True, allow_nan=False)
         self._values: dict[str, Json] = json.loads(self._text)
 
@@ -130,14 +132,15 @@ class Configured(abc.ABC):
         Raises:
           KeyError: if a field without default is missing, or a key is no field.
           TypeError: if a value, or the configuration itself, has a wrong type.
-          ValueError: if a value is out of its range.
+          ValueError: if a value is out of its range, or nests too deep.
         """
         if not isinstance(config, Mapping):
-            raise TypeError(f"{cls._owner}: a configuration is a mapping, not {config!r}")
+            raise TypeError(f"{cls._owner}: a configuration is a mapping, not {quote(config)}")
+        require_shallow(config, f"{cls._owner}: the configuration")
         known = field_types(cls)
         for key in config:
             if key not in known:
-                raise KeyError(f"{cls._owner} has no field {key!r}: {nearest(key, known)}")
+                raise KeyError(f"{cls._owner} has no field {quote(key)}: {nearest(key, known)}")
         needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
         if missing := [repr(name) for name in needed if name not in config]:
             raise KeyError(f"{cls._owner} needs a value for {', '.join(missing)}")
@@ -170,16 +173,16 @@ def check_fields(instance: "DataclassInstance", owner: str, mismatch: type[Excep
             value = coerce(value, hints[field.name])
         except Mismatch as error:
             wanted = ": ".join([describe(hints[field.name]), *error.args])
-            raise mismatch(f"{owner}: {field.name}={value!r} should be of type {wanted}") from None
+            raise mismatch(f"{owner}: {field.name}={quote(value)} should be of type {wanted}") from None
         if within is not None and isinstance(value, int | float) and value not in within:
-            raise ValueError(f"{owner}: {field.name}={value!r} should be in {within.text}")
+            raise ValueError(f"{owner}: {field.name}={quote(value)} should be in {within.text}")
         object.__setattr__(instance, field.name, value)
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
     """Say which of the known names are near the given one, else all of them."""
     names = sorted(known)
-    if close := difflib.get_close_matches(str(name), names, n=3, cutoff=0.5):
+    if close := difflib.get_close_matches(quote(name).strip("'"), names, n=3, cutoff=0.5):
         return "did you mean " + " or ".join(map(repr, close)) + "?"
     return f"there is {', '.join(map(repr, names)) or 'none'}"
 
@@ -191,7 +194,7 @@ def require_keys(found: Mapping[str, Json], expected: Collection[str], what: str
             raise KeyError(f"{what} lacks the {kind} {key!r}")
     for key in found:
         if key not in expected:
-            raise KeyError(f"{what} has an unknown {kind} {key!r}: {nearest(key, expected)}")
+            raise KeyError(f"{what} has an unknown {kind} {quote(key)}: {nearest(key, expected)}")
 
 
 def differences(was: Json, now: Json, key: str = "") -> Iterator[tuple[str, Json, Json]]:
@@ -283,9 +286,12 @@ def _coerce_number(value: Any, kind: type) -> Any:
     accepted = numbers.Integral if kind is int else numbers.Real
     if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
         try:
-            return kind(value)
+            number = kind(value)
         except OverflowError as error:
             raise Mismatch(str(error)) from None
+        if kind is int and number.bit_length() > 63:
+            raise Mismatch("of at most 64 bits")
+        return number
     raise Mismatch
 
 
@@ -316,4 +322,4 @@ def to_json(value: Any) -> Json:
     if isinstance(value, Configured):
         config = value.get_config()
         return [value.name, config] if hasattr(value, "name") else config
-    raise TypeError(f"{value!r} cannot be written in a configuration")
+    raise TypeError(f"{quote(value)} cannot be written in a configuration")

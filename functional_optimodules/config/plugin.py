@@ -9,7 +9,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self, dataclass_transform
 
 from functional_optimodules.config.fields import Configured, field_types, hyperparameter, nearest
+from functional_optimodules.config.outside import quote
 from functional_optimodules.types import Json
+
+
+class UnknownPlugin(KeyError):
+    """No plug-in of a kind is registered under that name."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(hyperparameter, dataclasses.field))
@@ -50,13 +55,14 @@ class Plugin(Configured):
         """Build the plug-in of this kind that is registered under a name.
 
         Raises:
-          KeyError: if no plug-in of this kind has that name, or as `from_config` does.
+          UnknownPlugin: a `KeyError`, if no plug-in of this kind has that name.
+          KeyError: as `from_config` does.
           TypeError: if the name is no string, or as `from_config` does.
         """
         if not isinstance(name, str):
-            raise TypeError(f"a {cls._kind} is named by a string, not {name!r}")
+            raise TypeError(f"a {cls._kind} is named by a string, not {quote(name)}")
         if name not in cls._registry:
-            raise KeyError(f"no {cls._kind} is named {name!r}: {nearest(name, cls._registry)}")
+            raise UnknownPlugin(f"no {cls._kind} is named {quote(name)}: {nearest(name, cls._registry)}")
         plugin = cls._registry[name]
         if not issubclass(plugin, cls):
             raise TypeError(f"{name!r} names {plugin.__name__}, which is no {cls.__name__}")

@@ -32,7 +32,8 @@ def squares(updates: Updates) -> PyTree:
 
 def divide_by_root(numerators: PyTree, moments: PyTree, eps: ArrayLike, like: PyTree) -> PyTree:
     """Return `numerators / (sqrt(moments) + eps)`, in the dtypes of another tree."""
-    ratios = jax.tree.map(lambda m, v: wide(m) / (safe_sqrt(v) + eps), numerators, moments)
+    # Root and numerator are of one precision: the former is real, also where the latter is complex.
+    ratios = jax.tree.map(lambda m, v: wide(m) / (safe_sqrt(v) + eps).astype(wide(m).dtype), numerators, moments)
     return cast_like(ratios, like)
 
 
@@ -149,7 +150,7 @@ def init_moments(params: Params, amsgrad: bool) -> AdamState:
 def corrected(moments: PyTree, beta: ArrayLike, steps: jax.Array) -> PyTree:
     """Return averages that started from 0, divided by the weight of what they are averages of."""
     scale = 1 / one_minus_power(beta, steps)
-    return jax.tree.map(lambda m: m * scale.astype(m.real.dtype), moments)
+    return jax.tree.map(lambda m: m * scale.astype(m.dtype), moments)
 
 
 def adam_step(

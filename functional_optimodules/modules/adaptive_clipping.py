@@ -25,12 +25,11 @@ import jax
 import jax.numpy as jnp
 
 from functional_optimodules import xla
-from functional_optimodules.aux_var import FromClients, FromServer, Scalar
+from functional_optimodules.aux_var import Flag, FromClients, FromServer, Scalar
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.modules.clipping import shrink, squared_norm
 from functional_optimodules.modules.noise import noised
-from functional_optimodules.random.chacha import CHACHA20
 from functional_optimodules.random.keys import make_key
 from functional_optimodules.types import Params, PyTree, Updates
 
@@ -43,8 +42,8 @@ class ClippingReport(FromClients):
       joined: 1.
     """
 
-    inside: Scalar
-    joined: Scalar
+    inside: Flag
+    joined: Flag
 
 
 class ClippingBound(FromServer):
@@ -99,7 +98,7 @@ class AdaptiveClippingClientModule(OptiModule[AdaptiveClippingClientState]):
         total = squared_norm(updates)
         norm = xla.norm(total)
         clipped = jax.tree.map(lambda g: shrink(g, norm, state.bound), updates)
-        inside = (norm <= state.bound).astype(jnp.int32)
+        inside = (norm <= state.bound.astype(norm.dtype)).astype(jnp.int32)
         return clipped, state._replace(inside=inside, joined=jnp.ones((), jnp.int32))
 
     def collect(self, state: AdaptiveClippingClientState) -> ClippingReport:
@@ -185,7 +184,7 @@ class AdaptiveClippingServerModule(OptiModule[AdaptiveClippingServerState]):
         return isinstance(self.noise_multiplier, int | float) and self.noise_multiplier == 0
 
     def init(self, params: Params) -> AdaptiveClippingServerState:
-        key = make_key(self.seed, params, type(self).__name__, CHACHA20 if self.safe_mode else None)
+        key = make_key(self.seed, params, type(self).__name__, "chacha20" if self.safe_mode else None)
         bound = jnp.asarray(self.initial_bound, jnp.float32)
         inside, joined, share = (jnp.zeros((), jnp.float32) for _ in range(3))
         return AdaptiveClippingServerState(key, jnp.zeros((), jnp.int32), bound, inside, joined, share)

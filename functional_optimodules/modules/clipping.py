@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from functional_optimodules import xla
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
-from functional_optimodules.numerics import abs_sq, safe_sqrt, wide
+from functional_optimodules.numerics import abs_sq, safe_sqrt, total, wide
 from functional_optimodules.packing.policy import map_parameters
 from functional_optimodules.types import Params, PyTree, Updates
 
@@ -31,14 +31,15 @@ def sum_of_squares(gradient: jax.Array) -> jax.Array:
 
 def squared_norm(tree: PyTree) -> jax.Array:
     """Return the squared norm of all arrays of a tree together, in at least float32."""
-    return sum((sum_of_squares(leaf) for leaf in jax.tree.leaves(tree)), jnp.zeros((), jnp.float32))
+    return total(map(sum_of_squares, jax.tree.leaves(tree)))
 
 
 def shrink(gradient: jax.Array, norm: jax.Array, max_norm: ArrayLike) -> jax.Array:
     """Return a gradient scaled down where a norm is above its bound."""
-    above = norm > max_norm
-    scale = jnp.where(above, max_norm / jnp.where(above, norm, 1), 1)
-    return (wide(gradient) * scale.astype(wide(gradient).real.dtype)).astype(jnp.result_type(gradient))
+    bound = jnp.asarray(max_norm).astype(norm.dtype)
+    above = norm > bound
+    scale = jnp.where(above, bound / jnp.where(above, norm, 1), 1)
+    return (wide(gradient) * scale.astype(wide(gradient).dtype)).astype(jnp.result_type(gradient))
 
 
 class L2Clipping(OptiModule[optax.EmptyState]):

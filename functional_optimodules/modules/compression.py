@@ -35,7 +35,7 @@ from jax import lax
 from functional_optimodules import xla
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
-from functional_optimodules.numerics import cast_like, wide, zeros_wide
+from functional_optimodules.numerics import cast_like, total, wide, zeros_wide
 from functional_optimodules.order import largest
 from functional_optimodules.packing.policy import map_parameters
 from functional_optimodules.packing.tree import shapes
@@ -228,8 +228,8 @@ class SignModule(OptiModule[CompressionState]):
             signs = map_parameters(lambda u: _signs(u, _moduli(u) / max(1, count(u))), due)
             groups = sum(leaf.size > 0 for leaf in jax.tree.leaves(shapes(updates)))
         else:
-            total = sum(map(_moduli, jax.tree.leaves(due)), jnp.zeros((), jnp.float32))
-            signs = jax.tree.map(lambda u: _signs(u, total / max(1, count(due))), due)
+            moduli = total(map(_moduli, jax.tree.leaves(due)))
+            signs = jax.tree.map(lambda u: _signs(u, moduli / max(1, count(due))), due)
             groups = 1 if count(due) else 0
         sent = cast_like(signs, updates)
         bits = jnp.float32(count(updates) + NUMBER * groups)
@@ -395,8 +395,7 @@ class QSGDModule(OptiModule[RandomCompressionState]):
         uniforms = lax.split(jax.random.uniform(key, (sum(sizes),), widest(vectors)), sizes)
         squares = [jnp.sum(vector * vector) for vector in vectors]
         if not self.per_parameter:
-            total = sum(squares, jnp.zeros((), jnp.float32))
-            squares, sizes = [total] * len(squares), [sum(sizes)] * len(sizes)
+            squares, sizes = [total(squares)] * len(squares), [sum(sizes)] * len(sizes)
         return [
             self._rounded(vector, xla.norm(square).astype(vector.dtype), uniform, size)
             for vector, square, uniform, size in zip(vectors, squares, uniforms, sizes, strict=True)

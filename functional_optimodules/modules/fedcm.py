@@ -19,7 +19,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from functional_optimodules.aux_var import FromClients, FromServer, Scalar
+from functional_optimodules.aux_var import Amount, FromClients, FromServer
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.modules.momentum import ewma
@@ -35,8 +35,8 @@ class FedCMReport(FromClients):
       span: this weight times the sum of the rates of its steps.
     """
 
-    weight: Scalar
-    span: Scalar
+    weight: Amount
+    span: Amount
 
 
 class FedCMDirection(FromServer):
@@ -147,7 +147,7 @@ class FedCMServerModule(OptiModule[FedCMServerState]):
     ) -> tuple[Updates, FedCMServerState]:
         moved = state.span > 0
         span = jnp.where(moved, state.span, 1)
-        direction = jax.tree.map(lambda g: wide(g) / span.astype(wide(g).real.dtype), updates)
+        direction = jax.tree.map(lambda g: wide(g) / span.astype(wide(g).dtype), updates)
         return updates, state._replace(direction=where(moved, direction, state.direction))
 
     def collect(self, state: FedCMServerState) -> FedCMDirection:

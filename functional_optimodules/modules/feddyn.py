@@ -138,6 +138,11 @@ class FedDynServerModule(OptiModule[FedDynServerState]):
         **extra_args: PyTree,
     ) -> tuple[Updates, FedDynServerState]:
         share = joined / self.num_clients
-        excess = jax.tree.map(lambda e, g: e + share.astype(e.real.dtype) * wide(g), state.excess, updates)
+        excess = jax.tree.map(lambda e, g: e + share.astype(e.dtype) * wide(g), state.excess, updates)
         output = jax.tree.map(lambda g, e: wide(g) + e, updates, excess)
         return cast_like(output, updates), FedDynServerState(excess)
+
+    def forget(self, state: FedDynServerState, *, delta: PyTree) -> FedDynServerState:  # type: ignore[override]
+        return FedDynServerState(
+            jax.tree.map(lambda e, d: e + d.astype(e.dtype) / self.num_clients, state.excess, delta)
+        )

@@ -23,7 +23,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from functional_optimodules.aux_var import FromClients, Scalar
+from functional_optimodules.aux_var import Amount, FromClients
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.modules.clipping import squared_norm
@@ -39,8 +39,8 @@ class FedExPReport(FromClients):
       weight: how much it counts in the mean.
     """
 
-    total: Scalar
-    weight: Scalar
+    total: Amount
+    weight: Amount
 
 
 class FedExPClientState(NamedTuple):
@@ -131,7 +131,7 @@ class FedExPServerModule(OptiModule[FedExPServerState]):
     ) -> tuple[Updates, FedExPServerState]:
         weight = jnp.where(state.weight > 0, state.weight, 1)
         rate = jnp.maximum(1, state.total / weight / (2 * (squared_norm(updates).astype(jnp.float32) + self.eps)))
-        scaled = jax.tree.map(lambda g: wide(g) * rate.astype(wide(g).real.dtype), updates)
+        scaled = jax.tree.map(lambda g: wide(g) * rate.astype(wide(g).dtype), updates)
         return cast_like(scaled, updates), state._replace(rate=rate.astype(jnp.float32))
 
     def process(self, aux: FedExPReport, state: FedExPServerState) -> FedExPServerState:

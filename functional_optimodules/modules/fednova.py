@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from functional_optimodules.aux_var import FromClients, Scalar
+from functional_optimodules.aux_var import Amount, FromClients
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.numerics import cast_like, one_minus_power, real, wide
@@ -52,8 +52,8 @@ class FedNovaReport(FromClients):
       effective: this weight times |a|_1.
     """
 
-    weight: Scalar
-    effective: Scalar
+    weight: Amount
+    effective: Amount
 
 
 class FedNovaClientState(NamedTuple):
@@ -117,7 +117,7 @@ class FedNovaClientModule(OptiModule[FedNovaClientState]):
     ) -> tuple[Updates, FedNovaClientState]:
         norm = total_weight(num_steps, self.momentum, self.proximal)
         divisor = jnp.where(norm > 0, norm, 1)
-        normalized = jax.tree.map(lambda u: wide(u) / divisor.astype(wide(u).real.dtype), updates)
+        normalized = jax.tree.map(lambda u: wide(u) / divisor.astype(wide(u).dtype), updates)
         weight = jnp.asarray(weight, jnp.float32)
         return cast_like(normalized, updates), FedNovaClientState(weight, weight * norm)
 
@@ -154,7 +154,7 @@ class FedNovaServerModule(OptiModule[FedNovaServerState]):
     def update(
         self, updates: Updates, state: FedNovaServerState, params: Params = None, **extra_args: PyTree
     ) -> tuple[Updates, FedNovaServerState]:
-        scaled = jax.tree.map(lambda g: state.scale.astype(wide(g).real.dtype) * wide(g), updates)
+        scaled = jax.tree.map(lambda g: state.scale.astype(wide(g).dtype) * wide(g), updates)
         return cast_like(scaled, updates), state
 
     def process(self, aux: FedNovaReport, state: FedNovaServerState) -> FedNovaServerState:

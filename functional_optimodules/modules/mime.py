@@ -40,7 +40,7 @@ from typing import ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from functional_optimodules.aux_var import FromClients, FromServer, Scalar
+from functional_optimodules.aux_var import Amount, FromClients, FromServer, Scalar
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.modules.adaptive import squares
@@ -59,7 +59,7 @@ class MimeReport(FromClients):
     """
 
     gradient: Params
-    weight: Scalar
+    weight: Amount
 
 
 class MimeStatistics(FromServer):
@@ -104,14 +104,14 @@ def _mimicked(gradients: PyTree, state: MimeClientState, like: Updates) -> Updat
     """Return the server's step on a client's gradients, in the dtypes of a tree."""
 
     def step(g: jax.Array, m: jax.Array, d: jax.Array) -> jax.Array:
-        return (state.fresh.astype(d.dtype) * g + m) / d
+        return (state.fresh.astype(m.dtype) * g + m) / d.astype(m.dtype)
 
     return cast_like(jax.tree.map(step, gradients, state.momentum, state.divisor), like)
 
 
 def _ended(state: MimeClientState, full_gradient: PyTree, weight: jax.Array) -> MimeClientState:
     weight = jnp.asarray(weight, jnp.float32)
-    gradient = jax.tree.map(lambda g: weight.astype(wide(g).real.dtype) * wide(g), full_gradient)
+    gradient = jax.tree.map(lambda g: weight.astype(wide(g).dtype) * wide(g), full_gradient)
     return state._replace(gradient=cast_like(gradient, state.gradient), weight=weight)
 
 
@@ -273,7 +273,7 @@ class MimeServerModule(OptiModule[MimeServerState]):
 
     def process(self, aux: MimeReport, state: MimeServerState) -> MimeServerState:
         weight = jnp.where(aux.weight > 0, aux.weight, 1)
-        mean = jax.tree.map(lambda g: wide(g) / weight.astype(wide(g).real.dtype), aux.gradient)
+        mean = jax.tree.map(lambda g: wide(g) / weight.astype(wide(g).dtype), aux.gradient)
         first = ewma(state.first, mean, self.beta_1)
         second = None if state.second is None else ewma(state.second, squares(mean), self.beta_2)
         return MimeServerState(first, second)

@@ -22,7 +22,6 @@ from jax.typing import ArrayLike
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.numerics import wide
-from functional_optimodules.random.chacha import CHACHA20
 from functional_optimodules.random.keys import make_key
 from functional_optimodules.types import Params, PyTree, Updates
 from functional_optimodules.wire.paths import leaf_paths
@@ -72,7 +71,7 @@ class GaussianNoiseModule(OptiModule[NoiseState]):
     seed: int | None = hyperparameter(default=None, within="[0, 4294967295]")
 
     def init(self, params: Params) -> NoiseState:
-        impl = CHACHA20 if self.safe_mode else None
+        impl = "chacha20" if self.safe_mode else None
         return NoiseState(make_key(self.seed, params, type(self).__name__, impl), jnp.zeros((), jnp.int32))
 
     def update(
@@ -88,7 +87,7 @@ def noised(updates: Updates, key: jax.Array, std: ArrayLike) -> Updates:
     exact = [wide(leaf) for leaf in leaves]
     noise = draw(key, exact, leaf_paths(updates))
     noisy = [
-        (x + jnp.asarray(std).astype(x.real.dtype) * z).astype(jnp.result_type(g))
+        (x + jnp.asarray(std).astype(x.dtype) * z).astype(jnp.result_type(g))
         for g, x, z in zip(leaves, exact, noise, strict=True)
     ]
     return jax.tree.unflatten(treedef, noisy)

@@ -7,9 +7,12 @@ Step(grads):
     grads = -grads if the transformation descends
 """
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -18,6 +21,7 @@ import optax
 
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import FrozenConfig, hyperparameter, nearest
+from functional_optimodules.config.outside import quote
 from functional_optimodules.numerics import cast_like, wide
 from functional_optimodules.packing.adapter import Unpacks
 from functional_optimodules.packing.tree import unpack
@@ -28,6 +32,13 @@ from functional_optimodules.wire.paths import keystr, leaf_paths
 # the first name theirs otherwise or take none, the last calls its first step size so.
 _DOWNHILL = frozenset({"polyak_sgd", "contrib.scale_by_cocob"})
 _UPHILL = frozenset({"scale_by_rprop"})
+
+# A configuration may come from a peer: what it can ask for is bounded.
+_MOST_COPIES = 1000
+_MOST_INTEGER = 2**32
+_MOST_PASSES = 1000
+_PASSES = frozenset({"ns_steps"})  # how often something is done within one step
+_TEXTS = ("str", "Any", "Literal", "dtype", "Precision", "empty")
 
 
 class OptaxState(NamedTuple):
@@ -80,17 +91,19 @@ class OptaxModule(OptiModule[OptaxState]):
         """Build the transformation once.
 
         Raises:
-          ValueError: if optax has no such factory, it refuses the arguments, or
-            what it makes is no gradient transformation.
+          ValueError: if optax has no such factory, it refuses the arguments, what it
+            makes is no gradient transformation, an integer has more than 32 bits, or a
+            state would be larger than 1000 times the parameters.
         """
-        _build(self.transform, self.config)
+        _require_small_state(_build(self.transform, self.config)[0], self.transform, self.config)
 
     def state_name(self) -> str:
         return f"{self.name} {self.transform}"
 
     def init(self, params: Params) -> OptaxState:
-        with jax.numpy_dtype_promotion("standard"):  # many of optax's own lines need it
-            inner = _build(self.transform, self.config)[0].init(jax.tree.map(wide, unpack(params)))
+        transform, _ = _build(self.transform, self.config)
+        with self._named(), jax.numpy_dtype_promotion("standard"):  # many of optax's own lines need it
+            inner = transform.init(jax.tree.map(wide, unpack(params)))
         return OptaxState(jax.tree.map(jnp.array, inner))
 
     def update(
@@ -99,7 +112,7 @@ class OptaxModule(OptiModule[OptaxState]):
         transform, sign = _build(self.transform, self.config)
         exact = jax.tree.map(wide, unpack((updates, params)))
         try:
-            with jax.numpy_dtype_promotion("standard"):
+            with self._named(extra_args), jax.numpy_dtype_promotion("standard"):
                 output, inner = transform.update(exact[0], state.inner, exact[1], **extra_args)
         except ValueError as error:
             if params is None and "params" in str(error):
@@ -110,6 +123,19 @@ class OptaxModule(OptiModule[OptaxState]):
             raise
         output = cast_like(output if sign == 1 else jax.tree.map(jnp.negative, output), unpack(updates))
         return Unpacks(self).free(output, updates), OptaxState(inner)
+
+    @contextlib.contextmanager
+    def _named(self, extra_args: Mapping[str, PyTree] = types.MappingProxyType({})) -> Iterator[None]:
+        """Say of an error which transformation it comes from: arguments that it was built with may be wrong."""
+        try:
+            yield
+        except Exception as error:
+            # What the caller's own function raises is the caller's.
+            if isinstance(error, jax.errors.JaxRuntimeError) or any(map(callable, extra_args.values())):
+                raise
+            raise ValueError(
+                f"OptaxModule: optax.{self.transform} with the arguments {quote(dict(self.config))} fails: {error}"
+            ) from error
 
 
 @functools.lru_cache(maxsize=512)
@@ -122,10 +148,14 @@ def _build(name: str, config: Any) -> tuple[optax.GradientTransformationExtraArg
         raise ValueError(f"OptaxModule: optax.{name} makes no gradient transformation: it returns {made}")
     for key, value in config.items():
         if key not in parameters:
-            raise ValueError(f"OptaxModule: optax.{name} takes no argument {key!r}: {nearest(key, parameters)}")
-        # optax itself would only stumble over it in the middle of a step
-        if isinstance(parameters[key].default, int | float) and isinstance(value, str | list | dict):
-            raise ValueError(f"OptaxModule: optax.{name} takes a number for {key!r}, not {value!r}")
+            raise ValueError(f"OptaxModule: optax.{name} takes no argument {quote(key)}: {nearest(key, parameters)}")
+        # optax itself would only stumble over it in the middle of a step, or take a text so many times
+        number = isinstance(parameters[key].default, int | float) and isinstance(value, str | list | dict)
+        if number or (isinstance(value, str) and not any(kind in str(parameters[key].annotation) for kind in _TEXTS)):
+            raise ValueError(f"OptaxModule: optax.{name} takes a number for {key!r}, not {quote(value)}")
+        most = _MOST_PASSES if key in _PASSES else _MOST_INTEGER
+        if isinstance(value, int) and abs(value) > most:
+            raise ValueError(f"OptaxModule: optax.{name} takes at most {most} for {key!r}, not {quote(value)}")
         if key.endswith("mask") and isinstance(value, Mapping):
             arguments[key] = _mask_by_path(value, f"OptaxModule: {key} of optax.{name}")
     descends = name in _DOWNHILL
@@ -135,10 +165,30 @@ def _build(name: str, config: Any) -> tuple[optax.GradientTransformationExtraArg
     try:
         transform = factory(**arguments)
     except Exception as error:
-        raise ValueError(f"OptaxModule: optax.{name} refuses the arguments {arguments}: {error}") from error
+        raise ValueError(f"OptaxModule: optax.{name} refuses the arguments {quote(arguments)}: {error}") from error
     if not isinstance(transform, optax.GradientTransformation):
         raise ValueError(f"OptaxModule: optax.{name} makes no gradient transformation, but {transform!r}")
     return optax.with_extra_args_support(transform), -1 if descends else 1
+
+
+@functools.lru_cache(maxsize=512)
+def _require_small_state(transform: optax.GradientTransformation, name: str, config: Any) -> None:
+    mask = next((value for key, value in config.items() if key.endswith("mask") and isinstance(value, Mapping)), None)
+    like = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    params = {"matrix": like, "vector": jax.ShapeDtypeStruct((8,), jnp.float32)}
+    if mask is not None:
+        params = jax.tree.map(lambda _: like, dict(mask))
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            state = jax.eval_shape(transform.init, params)
+    except Exception:  # it wants other parameters: what it says of the user's own names it
+        return
+    size, of_params = (sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for tree in (state, params))
+    if size > _MOST_COPIES * of_params:
+        raise ValueError(
+            f"OptaxModule: optax.{name} with the arguments {quote(dict(config))} has a state of {size} numbers for "
+            f"{of_params} parameters: at most {_MOST_COPIES} times as many are taken"
+        )
 
 
 def _mask_by_path(mask: Json, what: str) -> Callable[[PyTree], PyTree]:
@@ -152,7 +202,7 @@ def _mask_by_path(mask: Json, what: str) -> Callable[[PyTree], PyTree]:
     entries = {keystr(path): node for path, node in nodes}
     for path, node in entries.items():
         if not isinstance(node, bool):
-            raise ValueError(f"{what} should be a boolean at {path!r}, not {node!r}")
+            raise ValueError(f"{what} should be a boolean at {path!r}, not {quote(node)}")
 
     def call(tree: PyTree) -> PyTree:
         chosen = []
@@ -173,7 +223,7 @@ def _find(name: str) -> PyTree:
     for part in name.split("."):
         if part.startswith("_") or not hasattr(place, part):
             known = [each for each in dir(place) if not each.startswith("_")]
-            raise ValueError(f"OptaxModule: optax has no public {name!r}: {nearest(part, known)}")
+            raise ValueError(f"OptaxModule: optax has no public {quote(name)}: {nearest(part, known)}")
         place = getattr(place, part)
         function = place.func if isinstance(place, functools.partial) else place
         home = getattr(inspect.getmodule(function), "__name__", "")

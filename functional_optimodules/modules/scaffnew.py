@@ -19,9 +19,10 @@ which a client does when it is told x, at the start of the next round. The h_i s
 zero, so that the paper's x = mean_i (z_i - (lr / p) h_i) is the mean too.
 
 There is no server's side. Everyone takes part in each round and counts alike (uniform
-weights); the server's learning rate is 1. Who is absent from a round is not told its x,
-and takes a later one for it. Where only a client's message is lost, its z_i is in nobody's
-mean, its h_i stays, and the h_i still sum to zero.
+weights); the server's learning rate is 1. Where only a client's message is lost, its z_i is in
+nobody's mean, its h_i stays, and the h_i still sum to zero; it is told x all the same, if it drops
+out of the round that begins with it too. Who is not sampled in that round of a simulation is not told, and
+takes a later x for it.
 """
 
 from typing import ClassVar, NamedTuple
@@ -73,6 +74,7 @@ class ScaffnewModule(OptiModule[ScaffnewState]):
 
     name: ClassVar[str] = "scaffnew"
     packable: ClassVar[bool] = True
+    learns: ClassVar[bool] = True
     probability: float = hyperparameter(default=0.1, within="(0, 1]")
 
     def init(self, params: Params) -> ScaffnewState:
@@ -85,7 +87,7 @@ class ScaffnewModule(OptiModule[ScaffnewState]):
 
     def _begun(self, state: ScaffnewState, params: Params) -> ScaffnewState:
         def pulled(local: jax.Array, x: jax.Array, z: jax.Array) -> jax.Array:
-            return local + state.gain.astype(local.real.dtype) * (wide(x) - z)
+            return local + state.gain.astype(local.dtype) * (wide(x) - z)
 
         return state._replace(
             local=jax.tree.map(pulled, state.local, params, state.reached),

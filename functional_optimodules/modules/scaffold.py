@@ -26,7 +26,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from functional_optimodules.aux_var import FromClients, FromServer, Scalar
+from functional_optimodules.aux_var import FromClients, FromServer, Newcomer
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.numerics import cast_like, where, wide, zeros_wide
@@ -35,7 +35,7 @@ from functional_optimodules.types import Params, PyTree, Updates
 
 def divided(total: PyTree, count: jax.Array) -> PyTree:
     """Return a sum divided by the number of its terms."""
-    return jax.tree.map(lambda t: t / count.astype(t.real.dtype), total)
+    return jax.tree.map(lambda t: t / count.astype(t.dtype), total)
 
 
 class ScaffoldDelta(FromClients):
@@ -47,7 +47,7 @@ class ScaffoldDelta(FromClients):
     """
 
     delta: Params
-    joined: Scalar
+    joined: Newcomer
 
 
 class ScaffoldVariate(FromServer):
@@ -174,3 +174,7 @@ class ScaffoldServerModule(OptiModule[ScaffoldServerState]):
     def process(self, aux: ScaffoldDelta, state: ScaffoldServerState) -> ScaffoldServerState:
         total = jax.tree.map(lambda t, d: t + d.astype(t.dtype), state.total, aux.delta)
         return ScaffoldServerState(total, state.clients + aux.joined.astype(jnp.int32))
+
+    def forget(self, state: ScaffoldServerState, *, aux: ScaffoldDelta) -> ScaffoldServerState:  # type: ignore[override]
+        total = jax.tree.map(lambda t, d: t - d.astype(t.dtype), state.total, aux.delta)
+        return ScaffoldServerState(total, state.clients - aux.joined.astype(jnp.int32))

@@ -28,7 +28,6 @@ from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.modules.noise import NoiseState, draw
 from functional_optimodules.numerics import wide
-from functional_optimodules.random.chacha import CHACHA20
 from functional_optimodules.random.keys import make_key
 from functional_optimodules.types import Params, PyTree, Updates
 from functional_optimodules.wire.paths import leaf_paths
@@ -69,7 +68,7 @@ class TreeAggregationNoiseModule(OptiModule[NoiseState]):
     seed: int | None = hyperparameter(default=None, within="[0, 4294967295]")
 
     def init(self, params: Params) -> NoiseState:
-        impl = CHACHA20 if self.safe_mode else None
+        impl = "chacha20" if self.safe_mode else None
         return NoiseState(make_key(self.seed, params, type(self).__name__, impl), jnp.zeros((), jnp.int32))
 
     def update(

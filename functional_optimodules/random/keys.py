@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from functional_optimodules.random.chacha import CHACHA20
+from functional_optimodules.config.outside import quote
 from functional_optimodules.types import PyTree
 
-_GENERATORS = {"chacha20": CHACHA20}
 _abstract: ContextVar[bool] = ContextVar("abstract", default=False)
 
 
@@ -33,13 +32,13 @@ def make_key(seed: int | None, params: PyTree, owner: str, impl: Any = None) -> 
       seed: the seed, or `None` for entropy.
       params: what the state is made for, which tells whether it is being traced.
       owner: how an error names who asks.
-      impl: the generator, as `jax.random.key` takes it; JAX's default if `None`.
+      impl: the generator: its name, or as `jax.random.key` takes it; JAX's default if `None`.
 
     Raises:
       RuntimeError: if entropy is asked for while tracing. A compiled program
         would hold the drawn number as a constant, and repeat it at each call.
     """
-    key = jax.random.key(secrets.randbits(31) if seed is None else seed, impl=impl)
+    key = jax.random.key(secrets.randbits(31) if seed is None else seed, impl=_generator(impl))
     if seed is not None or _abstract.get():
         return key
     # Under vmap the key itself is not traced, and would be the same for all.
@@ -66,10 +65,11 @@ def generator_name(keys: Any) -> str:
       TypeError: if it has none.
     """
     generator = jax.random.key_impl(keys)
-    name = next((name for name, own in _GENERATORS.items() if generator == own), generator)
-    if not isinstance(name, str):
+    if isinstance(generator, str):
+        return generator
+    if generator != _generator("chacha20"):
         raise TypeError(f"keys of {generator} cannot be saved: JAX knows their generator by no name")
-    return name
+    return "chacha20"
 
 
 def generator_named(name: str, what: str) -> tuple[Any, tuple[int, ...]]:
@@ -78,11 +78,21 @@ def generator_named(name: str, what: str) -> tuple[Any, tuple[int, ...]]:
     Raises:
       ValueError: if there is none of that name; `what` is how it names who asks.
     """
-    generator: Any = _GENERATORS.get(name, name)
+    generator = _generator(name)
     try:
         return generator, jax.random.key_data(jax.random.key(0, impl=generator)).shape
     except (TypeError, ValueError):
-        raise ValueError(f"{what}: {name!r} is no generator of random numbers that JAX has") from None
+        raise ValueError(f"{what}: {quote(name)} is no generator of random numbers that JAX has") from None
+
+
+def _generator(impl: Any) -> Any:
+    """Return a generator as `jax.random.key` takes it."""
+    if impl != "chacha20":
+        return impl
+    # Imported where it is used: it brings much of JAX with it that nothing else needs.
+    from functional_optimodules.random.chacha import CHACHA20
+
+    return CHACHA20
 
 
 def words(leaf: jax.Array) -> jax.Array:

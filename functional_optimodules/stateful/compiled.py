@@ -13,18 +13,18 @@ import jax.numpy as jnp
 
 from functional_optimodules.contract import Contract
 from functional_optimodules.dependence import reads_values
+from functional_optimodules.numerics import is_finite, where
 from functional_optimodules.packing.adapter import Adapter, adapted
 from functional_optimodules.packing.tree import shapes
 from functional_optimodules.stateful.placement import Homes
 from functional_optimodules.types import Params, PyTree, State, Updates
 from functional_optimodules.wire.layout import Layout
+from functional_optimodules.wire.limits import limits
 from functional_optimodules.wire.paths import Specs
 
-# What is allocated on the word of a message, before there are parameters.
-_MOST_BYTES = 2**32
 
-
-@functools.lru_cache(maxsize=512)
+# The programs of a brick take a megabyte or two: those of bricks that are no longer about are let go of.
+@functools.lru_cache(maxsize=128)
 def compiled(adapter: Adapter[State], homes: Homes | None) -> "Compiled[State]":
     """Return the compiled methods of a brick as it acts on some parameters, the same for equal ones."""
     return Compiled(adapter, homes)
@@ -59,7 +59,7 @@ class Compiled(Generic[State]):
         self.begin_round = jax.jit(lambda state, params: self._homed(adapter.begin_round(state, params)))
         self.end_round = jax.jit(lambda state, known: self._homed(adapter.end_round(state, **known)))
         self.share = jax.jit(adapter.share)
-        self.commit = jax.jit(lambda state: self._homed(adapter.commit(state)))
+        self.commit = jax.jit(self._commit)
         self.collect = jax.jit(adapter.collect)
         self.process = jax.jit(lambda auxes, state: self._homed(adapter.process(auxes, state)))
 
@@ -79,6 +79,11 @@ class Compiled(Generic[State]):
         self._require(specs, gradients, params)
         applied, new = self.adapter.apply(gradients, state, params, **extra_args)
         return self._homed(new), applied if self.homes is None else self.homes.beside_params(applied)
+
+    def _commit(self, state: State) -> State:
+        # What is not finite was refused where it arrived: it counts as lost.
+        sent, new = is_finite(self.collect(state)), self.adapter.commit(state)
+        return self._homed(where(sent, new, state) if self.adapter.brick.channels() else new)
 
     def _homed(self, state: State) -> State:
         return state if self.homes is None else self.homes.beside_state(state)
@@ -114,7 +119,10 @@ class Compiled(Generic[State]):
                 f"the state of {self.owner} starts from the parameters' values: call `setup(params)` first"
             )
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in specs.leaves)
-        if size > _MOST_BYTES:
-            raise ValueError(f"{self.owner}: the parameters would take {size} bytes: call `setup(params)` first")
+        if size > limits().bytes:
+            raise ValueError(
+                f"{self.owner}: the parameters would take {size} bytes: call `setup(params)` first; at most "
+                f"{limits().bytes} are taken on the word of a message: see `Limits`"
+            )
         zeros = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in specs.by_path.items()}
         return self.init(specs, specs.tree(zeros))

@@ -40,7 +40,11 @@ CONFIG = frozenset({"get_config", "from_config", "from_specs", "bare"})
 
 
 class Stateful(Plugin, kind="stateful"):
-    """A plug-in that remembers a state between calls, which is saved, copied and forgotten with it."""
+    """A plug-in that remembers a state between calls, which is saved, copied and forgotten with it.
+
+    Threads that call it at once take turns. Copies, pickles and spawned processes get a
+    state of their own.
+    """
 
     @abc.abstractmethod
     def _begin(self) -> Session:
@@ -48,14 +52,15 @@ class Stateful(Plugin, kind="stateful"):
 
     @property
     def _session(self) -> Session:
-        session = self.__dict__.get("_facade")
-        if session is None:
-            session = self._begin()
-            object.__setattr__(self, "_facade", session)
-        return session
+        # Of several threads that come first, all get the session of one.
+        return self.__dict__.get("_facade") or self.__dict__.setdefault("_facade", self._begin())
 
     def on_round_start(self) -> None:
-        """Begin a round, also before the first step."""
+        """Begin a round, also before the first step.
+
+        Raises:
+          RuntimeError: if 1000 rounds were begun that wait for the parameters.
+        """
         self._session.begin_round()
 
     def get_state(self) -> dict[str, Json]:
@@ -68,8 +73,9 @@ class Stateful(Plugin, kind="stateful"):
         Raises:
           KeyError: if a key or a variable is missing or unknown.
           TypeError: if it is no mapping.
-          ValueError: if it is the state of another plug-in or of other
-            parameters, or an array is malformed. The state stays as it was.
+          ValueError: if it is the state of another plug-in or of other parameters, an
+            array is malformed, a number not finite, or a count negative or of 2**30
+            or more. The state stays as it was.
         """
         self._session.load(state)
 
@@ -91,8 +97,8 @@ class Stateful(Plugin, kind="stateful"):
 
 def _restore(cls: type[Stateful], fields: dict[str, PyTree], state: dict[str, Json] | None) -> Stateful:
     plugin = cls(**fields)
-    if state is not None:
-        plugin.set_state(state)
+    if state is not None:  # its own, whatever it has come to
+        plugin._session.load({**plugin._session.save(), **state}, checked=False)
     return plugin
 
 

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Iterable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from functional_optimodules.packing.tree import Packed
@@ -15,7 +14,9 @@ NUMBERS = frozenset({bool, int, float, complex})
 
 @functools.cache
 def _arrays() -> frozenset[type]:
-    return frozenset({np.ndarray, type(jnp.zeros(()))})
+    # Whatever is being traced as it is first asked for, and without a program to compile.
+    with jax.ensure_compile_time_eval():
+        return frozenset({np.ndarray, type(jax.device_put(np.zeros(())))})
 
 
 def leaf_types(tree: PyTree) -> set[type]:

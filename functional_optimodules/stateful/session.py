@@ -5,21 +5,24 @@ remembered at its end, all at once. A step donates the session's own state and
 nothing else.
 """
 
+import functools
+import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from functional_optimodules.aux_var import AuxVar, FromClients
 from functional_optimodules.contract import KNOWN, Contract
-from functional_optimodules.numerics import is_finite
+from functional_optimodules.numerics import all_finite
 from functional_optimodules.packing.adapter import adapted, fitted
 from functional_optimodules.packing.tree import shapes, unpack
 from functional_optimodules.stateful import exchange
 from functional_optimodules.stateful.compiled import Compiled, compiled, layout_of, starts_from_values
 from functional_optimodules.stateful.leaves import NUMBERS, any_traced, leaf_types, traced
 from functional_optimodules.stateful.placement import Homes, is_sharded, put_beside
+from functional_optimodules.stateful.plausible import require_plausible
 from functional_optimodules.types import Json, Params, PyTree, Updates
 from functional_optimodules.wire.paths import ParamsNeeded, Specs, by_path
 
@@ -63,8 +66,21 @@ class Memory(NamedTuple):
         return self.fit.compiled.commit(self.state) if self.fit is not None and self.message_out else self.state
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _alone(method: "Callable[Concatenate[Session, P], T]") -> "Callable[Concatenate[Session, P], T]":
+    @functools.wraps(method)
+    def locked(self: "Session", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
 class Session:
-    """The stateful side of one plug-in.
+    """The stateful side of one plug-in. Threads that call it at once take turns.
 
     Args:
       brick: the plug-in as a brick, without a facade's state.
@@ -81,6 +97,7 @@ class Session:
         self.pure = pure
         self.asked = brick.asks().end
         self.memory = Memory()
+        self._lock = threading.RLock()
         try:
             self.plain: Compiled = compiled(adapted(brick), None)
         except TypeError as error:
@@ -138,6 +155,7 @@ class Session:
             state = memory.fit.compiled.begin_round(state, params)
         return memory._replace(state=state, rounds_begun=0, message_out=False)
 
+    @_alone
     def setup(self, params: Params, identity: int | None = None) -> None:
         """Make the state, or hang the one that there is on the parameters."""
         if self.memory.fit is not None and identity is not None:
@@ -146,11 +164,13 @@ class Session:
         begun = self._settled(memory._replace(message_out=False), params)
         self._remember(begun._replace(message_out=memory.message_out))
 
+    @_alone
     def step(self, gradients: Updates, params: Params, extra_args: dict[str, PyTree]) -> PyTree:
         """Run `update` and keep its state."""
         like = params if params is not None else gradients
         return self._donate(lambda new: new.step, like, params, gradients, params, extra_args)
 
+    @_alone
     def apply(self, params: Params, gradients: Updates, extra_args: dict[str, PyTree], donate: bool) -> Params:
         """Run `update`, keep its state, and return the new parameters."""
         method: Callable[[Compiled], Any] = lambda new: new.apply_donated if donate else new.apply  # noqa: E731
@@ -198,6 +218,7 @@ class Session:
                     "use the pure `update(updates, state, params, ...)`, inside of `jax.jit`"
                 ) from error
 
+    @_alone
     def begin_round(self) -> None:
         """Begin a round now, or remember that one was begun."""
         memory = self.memory
@@ -206,6 +227,7 @@ class Session:
         else:
             self._remember(self._begun(memory)._replace(round="begun" if self.brick.serves() else None))
 
+    @_alone
     def end_round(self, known: dict[str, PyTree]) -> None:
         """Tell the brick what is known of the round at its end."""
         if missing := sorted(self.asked - known.keys()):
@@ -222,6 +244,7 @@ class Session:
         state = new.end_round(memory.committed(), told)
         self._remember(memory._replace(state=state, message_out=False, round=None))
 
+    @_alone
     def share(self, params: Params) -> Params:
         """Return the parameters that clients are sent."""
         memory = self._hung(self.memory, params, params)
@@ -231,6 +254,11 @@ class Session:
         return shared
 
     def _begun(self, memory: Memory) -> Memory:
+        if memory.rounds_begun == exchange.MOST_ROUNDS:
+            raise RuntimeError(
+                f"{self.owner}: {memory.rounds_begun} rounds were begun that wait for the parameters: call "
+                "`setup(params)` first"
+            )
         if memory.fit is None:
             return memory._replace(rounds_begun=memory.rounds_begun + 1)
         state = memory.committed()
@@ -246,6 +274,7 @@ class Session:
             return memory
         return self._begun(memory)._replace(round="sent")
 
+    @_alone
     def collect(self) -> dict[str, Json]:
         """Return the messages by `aux_name`; what they say is committed later."""
         # A client of another server tells what its last round came to, before a new one begins.
@@ -269,16 +298,30 @@ class Session:
         self._remember(memory._replace(message_out=out))
         return messages
 
+    @_alone
     def retract(self) -> None:
         """Forget that a message is out."""
-        self._remember(self.memory._replace(message_out=False))
+        memory = self.memory
+        sends = any(each.sends for each in self.brick.channels().values())
+        if sends and memory.fit is not None and not memory.message_out:
+            raise RuntimeError(
+                f"{self.owner}: there is no message to retract: none was collected, or a step, a round or a message "
+                "since then has committed it"
+            )
+        self._remember(memory._replace(message_out=False))
 
+    @_alone
     def process(self, messages: Mapping[str, Json]) -> None:
         """Take messages by `aux_name`."""
         memory = self.memory
         received = exchange.incoming(self.brick, messages, memory.fit and memory.fit.specs, memory.clients)
-        if received is None:
-            return
+        if received is not None:
+            self.receive(received)
+
+    @_alone
+    def receive(self, received: exchange.Received) -> None:
+        """Take what messages came to."""
+        memory = self.memory
         # The state is made after the messages were read: shapes that their bytes do not bear out get no memory.
         if memory.fit is None:
             made = self.plain.init_from_specs(received.specs)
@@ -286,11 +329,12 @@ class Session:
         memory = self._opened(memory)
         before, fit = memory.committed(), memory.fit or Fit(received.specs, self.plain)
         state = fit.compiled.process(received.auxes, before)
-        if received.senders and not traced(state) and is_finite(before) and not is_finite(state):
+        if received.senders and not traced(state) and not all_finite(state) and all_finite(before):
             who = ", ".join(received.senders)
             raise ValueError(f"{self.owner}: what {who} sent makes the state infinite, or not a number")
         self._remember(memory._replace(state=state, message_out=False, clients=received.clients))
 
+    @_alone
     def snapshot(self) -> PyTree:
         """Return a copy of the state, which later steps do not touch."""
         fit, state = self.memory.fit, jax.tree.map(jnp.copy, self.memory.state)
@@ -310,6 +354,7 @@ class Session:
         adapter = adapted(self.brick, getattr(params, "packing", None))
         return adapter.adopt(state, adapter.model(params))
 
+    @_alone
     def save(self) -> dict[str, Json]:
         """Return everything that is remembered as JSON values."""
         memory, variables = self.memory, None
@@ -327,18 +372,22 @@ class Session:
             **({} if memory.round is None else {"round": memory.round}),
         }
 
-    def load(self, saved: Json) -> None:
-        """Restore what `save` returned."""
-        found, life = exchange.read_life(saved, self.brick.state_name(), self.owner)
+    @_alone
+    def load(self, saved: Json, checked: bool = True) -> None:
+        """Restore what `save` returned; of one's own, without a check of the values."""
         fit, state = self.memory.fit, None
+        found, life = exchange.read_life(saved, self.brick, self.owner, fit and fit.specs)
         if found is None:
             fit = None
         else:
             fit = fit or Fit(found, self.plain)
             fit.specs.require_same(found, f"{self.owner}: the state")
-            state = layout_of(self.brick, fit.specs.flat()).decode(saved["variables"], fit.specs, self.owner)
+            layout = layout_of(self.brick, fit.specs.flat())
+            state = layout.decode(saved["variables"], fit.specs, self.owner)
             if traced(jax.tree.leaves(state)[:1]):
                 raise self._under_trace()
+            if checked:
+                require_plausible(self.plain, layout, state, fit.specs, self.owner)
             if self.memory.state is not None:
                 state = fit.compiled.adapter.adopt(state, self.memory.state)
                 state = jax.tree.map(_beside, state, self.memory.state)

@@ -54,8 +54,8 @@ def deliver(brick: Brick, messages: dict[str, Json]) -> None:
         brick.process_aux_var(next(iter(messages.values())) if isinstance(brick, OptiModule) else messages)
 
 
-def received(brick: Brick, params: PyTree) -> dict[str, AuxVar]:
-    """Return what a brick's pure `process` would get by `aux_name`: decoded, and reduced over clients."""
+def received(brick: Brick, params: PyTree, new: bool = True) -> dict[str, AuxVar]:
+    """Return what a brick's pure `process` would get by `aux_name`: decoded, and reduced over clients, new or known."""
     specs = Specs.of(params)
     auxes = {}
     for name, payload in messages_for(brick, params).items():
@@ -63,7 +63,9 @@ def received(brick: Brick, params: PyTree) -> dict[str, AuxVar]:
         each = _read(payload, name, module.receives, specs)
         if _is_wide(module.receives):
             each = [aux.widen(index, module.clients()) for index, aux in enumerate(each)]
-        auxes[name] = functools.reduce(lambda a, b: a.merge(b), each)
+        auxes[name] = functools.reduce(
+            lambda a, b: a.merge(b), [aux.newcomers(new) if isinstance(aux, FromClients) else aux for aux in each]
+        )
     return auxes
 
 
@@ -134,11 +136,12 @@ def check_exchange_is_as_simulated(brick: Peer) -> None:
     if not brick.channels():
         return
     params, adapter = parameters(), adapted(brick.bare())
-    auxes, messages = received(brick, params), messages_for(brick, params)
+    messages = messages_for(brick, params)
     peer, begin = brick.bare(), jax.jit(adapter.begin_round)
     peer.setup(params)
     state = peer.state
     for number in range(3):
+        auxes = received(brick, params, new=number == 0)
         state = adapter.process(auxes, begin(state, params))
         outputs, state = stepped(brick, state, params, (2 * number, 2 * number + 1))
         peer.on_round_start()

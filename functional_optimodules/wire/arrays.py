@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from functional_optimodules.config.outside import quote
 from functional_optimodules.random.keys import generator_name, generator_named, is_key
 from functional_optimodules.types import HostArray, Json
 from functional_optimodules.wire.paths import Spec, read_dtype, read_shape
@@ -52,11 +53,11 @@ def decode_array(payload: Json, what: str, shape: tuple[int, ...] | None = None)
         base64 wrong, or the number of bytes not that of the shape.
     """
     if not isinstance(payload, Mapping) or set(payload) != {"dtype", "shape", "data"}:
-        found = sorted(payload) if isinstance(payload, Mapping) else type(payload).__name__
+        found = quote(list(payload)) if isinstance(payload, Mapping) else type(payload).__name__
         raise ValueError(f"{what} should be an array (dtype, shape, data), not {found}")
     name, sizes, data = payload["dtype"], payload["shape"], payload["data"]
     if shape is not None and sizes != list(shape):
-        raise ValueError(f"{what} has shape {sizes!r}: expected {list(shape)}")
+        raise ValueError(f"{what} has shape {quote(sizes)}: expected {list(shape)}")
     shape = read_shape(sizes, what)
     if isinstance(name, str) and name.startswith(KEY):
         generator, words = generator_named(name.removeprefix(KEY), what)
@@ -70,11 +71,15 @@ _ALIGNMENT, _LARGE = 64, 2**16
 
 
 def _decode(dtype: Any, shape: tuple[int, ...], data: Json, what: str) -> jax.Array:
+    expected = math.prod(shape) * dtype.itemsize
+    most = 4 * -(-expected // 3)  # four characters for every three bytes
+    if not isinstance(data, str) or len(data) > most:
+        found = f"{len(data)} characters" if isinstance(data, str) else type(data).__name__
+        raise ValueError(f"{what}: 'data' is not base64 of {expected} bytes, {most} characters, but {found}")
     try:
         raw = binascii.a2b_base64(data, strict_mode=True)
-    except (binascii.Error, TypeError, ValueError) as error:
+    except (binascii.Error, ValueError) as error:
         raise ValueError(f"{what}: 'data' is not base64 ({error})") from None
-    expected = math.prod(shape) * dtype.itemsize
     if len(raw) != expected:
         raise ValueError(f"{what}: {len(raw)} bytes, where {dtype}{list(shape)} takes {expected}")
     if dtype == np.bool_ and raw.translate(None, b"\0\1"):
@@ -94,5 +99,5 @@ def decode_like(payload: Json, like: Spec, what: str) -> jax.Array:
     """
     array = decode_array(payload, what, like.shape)
     if array.dtype != like.dtype:
-        raise ValueError(f"{what} has dtype {payload['dtype']!r}: expected {str(like.dtype)!r}")
+        raise ValueError(f"{what} has dtype {quote(payload['dtype'])}: expected {str(like.dtype)!r}")
     return array

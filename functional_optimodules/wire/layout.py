@@ -6,6 +6,7 @@ import jax
 from jax.tree_util import PyTreeDef
 
 from functional_optimodules.config.fields import require_keys
+from functional_optimodules.config.outside import quote
 from functional_optimodules.types import Json, PyTree
 from functional_optimodules.wire.arrays import decode_like, encode_array
 from functional_optimodules.wire.paths import Specs, is_path_tree, keystr
@@ -42,7 +43,7 @@ def decode_tree(payload: Json, specs: Specs, read: Callable[[str, Json, str], Py
         raise ValueError(f"{what} should map each parameter's path to an array, not be {type(payload).__name__}")
     for path in sorted(set(specs.paths) ^ set(payload)):
         fault = "lacks the leaf" if path in specs.paths else "has an unknown leaf"
-        raise ValueError(f"{what} {fault} {path!r}")
+        raise ValueError(f"{what} {fault} {quote(path)}")
     return specs.tree({path: read(path, payload[path], f"{what} at {path!r}") for path in specs.paths})
 
 
@@ -86,7 +87,7 @@ class Layout:
           ValueError: if a part is not as expected.
         """
         if not isinstance(payload, Mapping):
-            raise ValueError(f"{owner}: 'variables' should be a mapping, not {payload!r}")
+            raise ValueError(f"{owner}: 'variables' should be a mapping, not {quote(payload)}")
         require_keys(payload, self.parts, f"{owner}: the state", "variable")
         return jax.tree.unflatten(self.treedef, [self._decode(payload, specs, name, owner) for name in self.parts])
 

@@ -18,7 +18,9 @@ import numpy as np
 from jax.tree_util import DictKey, PyTreeDef
 
 from functional_optimodules.config.fields import nearest
+from functional_optimodules.config.outside import quote
 from functional_optimodules.types import Json, Leaf, PyTree
+from functional_optimodules.wire.limits import limits
 
 Spec = jax.ShapeDtypeStruct
 
@@ -167,15 +169,20 @@ class Specs:
         """Return the leaves of a tree in this container, in the order of `paths`."""
         return self.treedef.flatten_up_to(tree)
 
+    @functools.cached_property
+    def _names(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        # NumPy takes longer to name a dtype than all else here.
+        leaves = zip(self.paths, self.leaves, strict=True)
+        return {path: (str(leaf.dtype), leaf.shape) for path, leaf in sorted(leaves)}
+
     def to_json(self) -> dict[str, PyTree]:
         """Write the specs as `{path: {"dtype": ..., "shape": [...]}}`."""
-        return {
-            path: {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
-            for path, leaf in sorted(zip(self.paths, self.leaves, strict=True))
-        }
+        return {path: {"dtype": dtype, "shape": list(shape)} for path, (dtype, shape) in self._names.items()}
 
     def require_same(self, other: "Specs", what: str) -> None:
         """Raise a `ValueError` naming the first leaf in which the other's parameters differ."""
+        if other is self:
+            return
         mine, theirs = self.by_path, other.by_path
         for path in sorted(mine.keys() | theirs.keys()):
             if path not in theirs:
@@ -221,7 +228,13 @@ def _spec_of(leaf: Any, path: str) -> Any:
     try:
         return jax.eval_shape(jnp.asarray, leaf)
     except TypeError:
-        raise TypeError(f"parameters and gradients are trees of arrays: at {path!r} there is {leaf!r}") from None
+        raise TypeError(f"parameters and gradients are trees of arrays: at {path!r} there is {quote(leaf)}") from None
+
+
+def require_name(name: Json, what: str) -> None:
+    """Raise a `ValueError` for a name from outside that is no string, or longer than is taken."""
+    if not isinstance(name, str) or len(name) > limits().name:
+        raise ValueError(f"{what} should be a string of at most {limits().name} characters, not {quote(name)}")
 
 
 def show(spec: Leaf) -> str:
@@ -229,18 +242,29 @@ def show(spec: Leaf) -> str:
     return f"{spec.dtype}[{','.join(map(str, spec.shape))}]"
 
 
-def specs_from_json(payload: Json, what: str) -> Specs:
+def specs_from_json(payload: Json, what: str, known: Specs | None = None, most: float = math.inf) -> Specs:
     """Read what `Specs.to_json` wrote, over a `PathTree`.
 
+    Args:
+      payload: what was written.
+      what: how errors name it.
+      known: the specs that it should be of, if there are any: they are returned where it is.
+      most: how many parameters are taken, beyond as many as are known.
+
     Raises:
-      ValueError: if it is malformed; the error names the path.
+      ValueError: if it is malformed, or above what is taken; the error names the path.
     """
     if not isinstance(payload, Mapping):
-        raise ValueError(f"{what}: 'params' should map each path to a dtype and a shape, not {payload!r}")
+        raise ValueError(f"{what}: 'params' should map each path to a dtype and a shape, not {quote(payload)}")
+    if known is not None and payload == known.to_json():
+        return known
+    if len(payload) > most and (known is None or len(payload) > len(known.paths)):
+        raise ValueError(f"{what} speaks of {len(payload)} parameters, where at most {most} are taken: see `Limits`")
     leaves = PathTree()
     for path, spec in payload.items():
+        require_name(path, f"{what}: a path in 'params'")
         if not isinstance(spec, Mapping) or set(spec) != {"dtype", "shape"}:
-            raise ValueError(f"{what}: 'params' at {path!r} should have a dtype and a shape, not {spec!r}")
+            raise ValueError(f"{what}: 'params' at {path!r} should have a dtype and a shape, not {quote(spec)}")
         at = f"{what} at {path!r}"
         leaves[path] = Spec(read_shape(spec["shape"], at), read_dtype(spec["dtype"], at))
     return Specs.of(leaves)
@@ -252,11 +276,11 @@ _MOST_AXES = 64
 def read_shape(shape: Json, what: str) -> tuple[int, ...]:
     """Check a shape read from JSON."""
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"{what}: shape {shape!r} should be a list of non-negative integers")
+        raise ValueError(f"{what}: shape {quote(shape)} should be a list of non-negative integers")
     if len(shape) > _MOST_AXES:
         raise ValueError(f"{what}: a shape of {len(shape)} axes, where NumPy has at most {_MOST_AXES}")
     if math.prod(max(size, 1) for size in shape) > 2**40:
-        raise ValueError(f"{what}: shape {shape!r} is larger than any array that could be meant")
+        raise ValueError(f"{what}: shape {quote(shape)} is larger than any array that could be meant")
     return tuple(shape)
 
 
@@ -267,7 +291,7 @@ _DTYPES = {one.dtype.name: one.dtype for one in vars(jnp).values() if isinstance
 def read_dtype(name: Json, what: str) -> Any:
     """Check the name of a dtype read from JSON."""
     if not isinstance(name, str) or name not in _DTYPES:
-        raise ValueError(f"{what}: {name!r} is no dtype that JAX has")
+        raise ValueError(f"{what}: {quote(name)} is no dtype that JAX has")
     dtype = _DTYPES[name]
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(f"{what}: {name} needs JAX's 64-bit mode: set jax_enable_x64")

@@ -76,6 +76,7 @@ def split_like_shapes(vector: np.ndarray) -> Tree:
     return {name: piece.reshape(SHAPES[name]) for name, piece in zip(sorted(SHAPES), pieces, strict=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fraction", "k"), [(0.001, 1), (0.2, 6), (0.5, 14), (1.0, 28)])
 def test_top_k_sends_the_k_largest_of_all_parameters_together(fraction: float, k: int) -> None:
     def compress(due: Tree) -> Tree:
@@ -119,6 +120,7 @@ def test_powersgd_is_one_warm_power_iteration_a_round(rank: int) -> None:
     assert_rounds(module, compress)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error_feedback", [True, False])
 def test_random_k_sends_k_drawn_coordinates_anew_each_round(error_feedback: bool) -> None:
     module = RandomKModule(fraction=0.2, error_feedback=error_feedback, seed=5)
@@ -203,6 +205,7 @@ def test_qsgd_takes_one_norm_over_all_parameters_or_one_for_each() -> None:
         assert round(norm / 2, 3) in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_top_k_and_sign_are_contractions(seed: int) -> None:
     updates = deltas(seed)
@@ -229,6 +232,7 @@ def test_unbiased_ones_are_contractions_with_error_feedback(module: OptiModule, 
     assert left.mean() - largest < 5 * left.std() / math.sqrt(len(left))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["_kth_by_digits", "_kth_by_halving"])
 @pytest.mark.parametrize("values", [2, 2**32])
 def test_exactly_k_are_the_largest_and_of_equal_ones_the_first(
@@ -243,6 +247,7 @@ def test_exactly_k_are_the_largest_and_of_equal_ones_the_first(
             np.testing.assert_array_equal(order.largest(jnp.asarray(keys), k), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["_kth_by_digits", "_kth_by_halving"])
 def test_the_largest_are_told_apart_by_the_last_bit_of_64(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     monkeypatch.setattr(order, "_kth", getattr(order, way))
@@ -269,6 +274,7 @@ def test_elsewhere_than_on_cpu_top_k_scatters_nothing() -> None:
     assert scatters == {"cpu": True, "cuda": False, "tpu": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FED_BACK)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_nothing_is_lost_over_rounds(name: str, dtype: Any) -> None:
@@ -282,6 +288,7 @@ def test_nothing_is_lost_over_rounds(name: str, dtype: Any) -> None:
         assert made[-1][1].error[leaf].dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FED_BACK)
 def test_zeros_are_sent_as_zeros(name: str) -> None:
     zeros = jax.tree.map(jnp.zeros_like, deltas(0))
@@ -290,6 +297,7 @@ def test_zeros_are_sent_as_zeros(name: str) -> None:
         np.testing.assert_array_equal(flat(state.error), np.zeros(N))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "bits"),
     [
@@ -315,6 +323,7 @@ def test_bits_are_those_of_the_last_update(module: OptiModule, bits: int) -> Non
     assert dict(module.metrics(state)) == {"bits": bits}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [TopKModule(0.2), SignModule(), SignModule(per_parameter=False)])
 def test_bits_are_the_same_for_packed_parameters(module: OptiModule) -> None:
     updates = pack(deltas(0))
@@ -351,6 +360,7 @@ def minimize(module: OptiModule, gradients: Callable[[np.ndarray, int], list[lis
     return x
 
 
+@pytest.mark.slow
 def test_error_feedback_lets_top_k_reach_what_clients_that_disagree_would_never_send() -> None:
     # f_i(x) = ±2 x_0 + x_1² / 2: the larger coordinate cancels in the mean, and is all that is sent.
     def gradients(x: np.ndarray, _: int) -> list[list[float]]:
@@ -373,6 +383,7 @@ def test_error_feedback_lets_sign_leave_the_line_that_it_would_stay_on() -> None
     assert np.linalg.norm(minimize(SignModule(), gradients, 300)) < 0.01
 
 
+@pytest.mark.slow
 def test_a_round_that_a_client_drops_out_of_leaves_its_error_as_it_was() -> None:
     # A step of rate 1 on (x - c_i)² / 2 leads to c_i, so that what is compressed is x - c_i.
     centres = np.array([[4.0, -3, 2, 1], [-1, 5, -2.5, 0.5], [2, 1, 6, -4]])

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import functional_optimodules as fo
 from functional_optimodules.modules.fedacg import FedACGModule
@@ -60,6 +61,7 @@ def mean_gradient(who: list[int], sent: Any) -> Any:
     return jax.tree.map(lambda *leaves: -sum(leaves) / len(leaves), *found)
 
 
+@pytest.mark.slow
 def test_rounds_of_the_pure_methods_are_the_papers() -> None:
     server = fo.Optimizer(1.0, modules=[FedACGModule(momentum=LAMBDA)])
     x, state = tree(START), server.init(tree(START))

@@ -68,6 +68,7 @@ def test_rounds_are_those_of_the_paper(schedule: tuple[Round, ...], weights: np.
         assert_near(vector(after.server.modules["fedcm-server"].direction), direction, "direction")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [over_json, simulated])
 @CASES
 def test_json_between_peers_and_a_federation_give_the_same(

@@ -73,6 +73,7 @@ def test_rounds_are_those_of_the_paper(solver: str, weights: np.ndarray) -> None
         np.testing.assert_allclose(found.server.modules["fednova-server"].scale, tau, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("run", [over_json, simulated])
 def test_json_between_peers_and_a_federation_give_the_same(solver: str, run: Any) -> None:

@@ -99,6 +99,7 @@ def test_rounds_are_those_of_the_paper(variant: str, base: str, weights: np.ndar
         assert_statistics(after, base, m, v)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["momentum", "adam"])
 @pytest.mark.parametrize("variant", CLIENTS)
 def test_json_between_peers_gives_the_same(variant: str, base: str) -> None:
@@ -107,6 +108,7 @@ def test_json_between_peers_gives_the_same(variant: str, base: str) -> None:
         assert_near(after, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["momentum", "adam"])
 @pytest.mark.parametrize("variant", CLIENTS)
 def test_a_federation_gives_the_same(variant: str, base: str) -> None:

@@ -50,6 +50,7 @@ FACTORIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "config"), FACTORIES)
 def test_every_transformation_points_uphill_and_resumes_in_mid_run(name, config):
     module = fo.OptaxModule(name, config)
@@ -78,6 +79,7 @@ def test_transformations_that_take_the_loss_point_uphill(name, config):
     assert loss(jax.tree.map(lambda p, o: p - 0.1 * o, params, output)) < value
 
 
+@pytest.mark.slow
 def test_line_search_takes_its_function_through_the_pure_update():
     module = fo.OptaxModule("lbfgs")
     params = jax.tree.map(jnp.zeros_like, TARGET)
@@ -283,3 +285,33 @@ def test_a_function_among_the_arguments_of_the_stateful_side_is_refused_by_name(
     module = fo.OptaxModule("polyak_sgd")
     with pytest.raises(TypeError, match=r"the extra argument 'value' is a function.*use the pure `update"):
         module.run(TARGET, TARGET, value=lambda params: 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        (
+            "contrib.dpsgd",
+            {"learning_rate": 0.1, "l2_norm_clip": "sgd", "noise_multiplier": 2147483648, "seed": 0},
+            "optax.contrib.dpsgd takes a number for 'l2_norm_clip', not 'sgd'",
+        ),
+        ("scale_by_lbfgs", {"memory_size": 10**6}, "optax.scale_by_lbfgs with .* has a state of .* at most 1000 times"),
+        ("contrib.mechanize", {"weight_decay": 10**4000}, "'weight_decay', not <an integer of 13288 bits>"),
+        ("contrib.muon", {"ns_steps": 10**6}, "takes at most 1000 for 'ns_steps', not 1000000"),
+        ("lion", {"b1": "x" * 10**6}, "optax.lion takes a number for 'b1', not 'xxx"),
+    ],
+)
+def test_arguments_that_ask_for_too_much_are_refused_at_once(name, config, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        fo.OptaxModule(name, config)
+    assert len(str(caught.value)) < 2000
+
+
+def test_a_state_of_some_hundred_copies_is_taken():
+    fo.OptaxModule("scale_by_lbfgs", {"memory_size": 400})
+
+
+def test_arguments_that_fail_at_the_first_step_are_named():
+    module = fo.OptaxModule("adaptive_grad_clip", {"clipping": 0.1, "axis": 7})
+    with pytest.raises(ValueError, match=r"optax.adaptive_grad_clip with the arguments .*'axis': 7.* fails: .*axis"):
+        module.run(TARGET, TARGET)

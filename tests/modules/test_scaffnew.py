@@ -78,6 +78,7 @@ def test_rounds_are_those_of_the_paper() -> None:
         assert_near(own.sum(0), np.zeros(SIZE), "the h_i sum to zero")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [over_json, simulated])
 def test_json_between_peers_and_a_federation_give_the_same(run: Any) -> None:
     for found, (x, _) in zip(run(*sides(), schedule=scheduled(COINS)), algorithm_2(COINS), strict=True):
@@ -92,6 +93,7 @@ def test_rounds_end_at_the_optimum_of_the_mean_loss() -> None:
     np.testing.assert_allclose(x, np.linalg.solve(HESSIANS.mean((0, 1)), TARGETS.mean((0, 1))), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_federation_tosses_the_coin() -> None:
     """Client by client over all data, with as many steps a round as the coin says: the optimum, and not near it."""
     examples = {"hessian": jnp.asarray(HESSIANS, jnp.float32), "target": jnp.asarray(TARGETS, jnp.float32)}

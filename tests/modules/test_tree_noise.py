@@ -54,6 +54,7 @@ def test_the_nodes_are_independent_and_each_has_the_scale_asked_for(safe_mode: b
     assert np.abs(neighbours).max() < 5 / np.sqrt(SIZE)
 
 
+@pytest.mark.slow
 @SAFE
 def test_the_noise_of_a_long_sum_stays_small(safe_mode: bool) -> None:
     noise = sums(safe_mode, size=50, steps=300)
@@ -62,6 +63,7 @@ def test_the_noise_of_a_long_sum_stays_small(safe_mode: bool) -> None:
     assert noise[1:].std(axis=1).max() < 1.5 * STD * np.sqrt(8)
 
 
+@pytest.mark.slow
 def test_it_is_added_to_the_gradients_of_all_leaves() -> None:
     gradients = {"a": jnp.arange(5.0), "b": jnp.full((2, 3), -1.0)}
     module = TreeAggregationNoiseModule(seed=1)

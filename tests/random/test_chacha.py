@@ -66,6 +66,7 @@ def test_bits_are_the_key_stream_of_a_nonce_of_their_own() -> None:
     assert sorted(found.tolist()) == sorted(expected.reshape(-1).tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.uint16, jnp.uint32])
 @pytest.mark.parametrize("shape", [(), (3, 0), (17, 5), (1000,)])
 def test_bits_of_each_width_have_the_shape_and_use_the_whole_range(dtype: jnp.dtype, shape: tuple[int, ...]) -> None:

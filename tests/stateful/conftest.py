@@ -4,6 +4,8 @@ import gc
 
 import pytest
 
+from functional_optimodules.wire.limits import set_limits
+
 
 @pytest.fixture
 def alive():
@@ -16,3 +18,10 @@ def alive():
     gc.freeze()  # what is older is not searched, which would take half a second each time
     yield still
     gc.unfreeze()
+
+
+@pytest.fixture
+def limiting():
+    """Return `set_limits`, whose effect ends with the test."""
+    yield set_limits
+    set_limits(None)

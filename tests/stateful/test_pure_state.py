@@ -99,6 +99,7 @@ def nnx_step(model, optimizer):
     optimizer.update(model, gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "modules", [["momentum"], ["scaffold-client", ("adam", {"amsgrad": True})], ["gaussian-noise"]]
 )

@@ -61,6 +61,7 @@ def start(moment):
     return lambda server, now: server.start_round() if now == moment else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call",
     [
