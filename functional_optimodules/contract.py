@@ -5,6 +5,7 @@
     Round(state) -> state;  at its end: End(state, what is known of it) -> state
     Send(state) -> aux;  once delivered: Commit(state) -> state
     Receive(aux, state) -> state
+    Forget(state, what a client has given) -> state
 
 Each may be called under `jit`, `vmap`, `scan` and `shard_map`, and reads nothing but
 the hyper-parameters and its arguments.
@@ -75,13 +76,17 @@ class Contract(Plugin, Generic[State], kind="contract"):
       sends: the type of what `collect` returns.
       receives: the type of what `process` takes. A brick that receives what clients
         send is a server's.
+      learns: whether a client's `begin_round` takes in what came of its last report: it is
+        then called with the parameters of the very next round, also where the client is absent from that.
     """
 
     packable: ClassVar[bool] = False
     aux_name: ClassVar[str | None] = None
     sends: ClassVar[type[AuxVar] | None] = None
     receives: ClassVar[type[AuxVar] | None] = None
+    learns: ClassVar[bool] = False
     _asked: ClassVar[tuple[frozenset[str], ...]] = ()
+    _recalled: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -90,6 +95,7 @@ class Contract(Plugin, Generic[State], kind="contract"):
         if "update" in vars(cls):
             _refuse_optional_arguments(cls)
         cls._asked = tuple(_named(method) for method in (cls.update, cls.end_round))
+        cls._recalled = _named(cls.forget)
 
     @abc.abstractmethod
     def init(self, params: Params) -> State:
@@ -184,6 +190,24 @@ class Contract(Plugin, Generic[State], kind="contract"):
           NotImplementedError: if the brick receives nothing.
         """
         raise NotImplementedError(f"{type(self).__name__} receives no auxiliary variables")
+
+    def forget(self, state: State, **given: Any) -> State:
+        """Return a server's state without what one client has given since it joined: unchanged by default.
+
+        For a server whose state is a sum over clients of what each still has, and where a client
+        may lose that: it joins anew, as if it never had taken part.
+
+        Args:
+          state: the state.
+          **given: the sums over the rounds in which the client's report was taken in, of which a brick
+            names what it needs, keyword-only and without a default: `delta`, of its deltas, in
+            at least float32, and `aux`, of its auxiliary variables.
+        """
+        return state
+
+    def recalls(self) -> frozenset[str]:
+        """Return the names of what `forget` needs: `aux`, `delta`."""
+        return self._recalled
 
     def fold_in(self, state: State, integer: int | jax.Array) -> State:
         """Fold an integer into every PRNG key of a state, so that equal bricks draw different numbers."""

@@ -210,6 +210,17 @@ class Optimizer(Brick[OptimizerState], register=False):
             modules[label] = module.process(own, modules[label])
         return state._replace(modules=modules)
 
+    def forget(self, state: OptimizerState, **given: PyTree) -> OptimizerState:
+        """Return a server's state without what a client has given; `aux` by the names of auxiliary variables."""
+        modules, auxes = dict(state.modules), given.get("aux", {})
+        for label, module in self._modules.items():
+            own = {name: auxes[name] for name in module.brick.channels() if name in auxes}
+            modules[label] = module.forget(modules[label], given.get("delta"), own)
+        return state._replace(modules=modules)
+
+    def recalls(self) -> frozenset[str]:
+        return frozenset().union(*(module.recalls() for module in self.modules))
+
     def channels(self) -> dict[str, Contract]:
         return {name: module for each in self.modules for name, module in each.channels().items()}
 
@@ -291,7 +302,11 @@ class Optimizer(Brick[OptimizerState], register=False):
         return self._session.collect()
 
     def retract_aux_var(self) -> None:
-        """Say that the last collected messages are known to be lost: they will not be committed."""
+        """Say that the last collected messages are known to be lost: they will not be committed.
+
+        Raises:
+          RuntimeError: if there are none, or what came since has committed them.
+        """
         self._session.retract()
 
     def process_aux_var(self, aux_var: Mapping[str, Json]) -> None:
@@ -303,15 +318,15 @@ class Optimizer(Brick[OptimizerState], register=False):
         Raises:
           KeyError: if no module has such a name, or a variable is missing or unknown.
           TypeError: if a variable is of the wrong kind, or from the wrong side.
-          ValueError: if a shape is wrong, a value is not finite, or there is no
-            client. Each names the variable, and on a server the client. The
-            state stays as it was.
+          ValueError: if a shape is wrong, a value is not finite, out of its range or above
+            `Limits`, there is no client, or one too many. Each names the variable, and on
+            a server the client. The state stays as it was.
         """
         self._session.process(aux_var)
 
 
 def _times(rate: jax.Array, array: jax.Array) -> jax.Array:
-    return rate.astype(array.real.dtype) * array
+    return rate.astype(array.dtype) * array
 
 
 def _labelled(bricks: Sequence[Brick]) -> dict[str, Adapter]:

@@ -1,4 +1,4 @@
-"""This package as the oracles see it: in the simulator, and as peers that exchange JSON."""
+"""This package as the oracles see it: in the simulator, as a server and clients, and as optimizers that exchange JSON."""
 
 import json
 from typing import Any, NamedTuple
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import functional_optimodules as fo
-from functional_optimodules.federated import Federation
+from functional_optimodules.federated import Client, Federation, Server
+from functional_optimodules.federated.protocol.message import Message
 from functional_optimodules.federated.state import own_sides
 from functional_optimodules.modules.personal import ditto_loss
 
@@ -281,6 +282,50 @@ class Peers:
 
     def params(self, run):
         return np.asarray(run.params["w"])
+
+
+class Messages:
+    """The adapter of `Server` and `Client`, between which bytes go; the clients' loops are the problem's own."""
+
+    def make(self, algorithm, problem, hyper):
+        made, params = recipe(algorithm, problem.num_clients, hyper), {"w": jnp.asarray(problem.start, jnp.float32)}
+        if algorithm == "ditto":
+            params = {"shared": params, "personal": params}
+        federation = Federation(loss, **made._asdict())
+        names = [str(client) for client in range(problem.num_clients)]
+        server = Server(federation, params, names)
+        return server, [Client(federation, name) for name in names], problem, hyper
+
+    def round(self, run, plan):
+        server, clients, problem, _ = run
+        names = [str(client) for client in plan.participants]
+        weights = {name: float(problem.weights[int(name)]) for name in names}
+        finished = None
+        while finished is None:
+            for name, message in server.broadcast(names, weights).items():
+                number = int(name)
+                report = self.work(clients[number], number, message.to_bytes(), plan.steps[number], problem)
+                if number not in plan.dropped:
+                    server.receive(name, report.to_bytes())
+            finished = server.finish_round()
+        return run
+
+    def work(self, client, number, message, steps, problem):
+        """Take a client's round, or its first pass, and return its report."""
+
+        def gradient(at, step=None):
+            return jax.tree.map(lambda w: jnp.float32(problem.gradient(number, np.float64(w), step)), at)
+
+        start = at = client.begin(message)
+        if Message.from_bytes(message).about["kind"] == "first":
+            return client.report(gradient=gradient(start))
+        for step in range(steps):
+            at = client.apply_gradients(gradient(at, step), anchor_gradient=gradient(start, step))
+        return client.report(full_gradient=gradient(start))
+
+    def params(self, run):
+        params = run[0].params
+        return np.asarray(params.get("shared", params)["w"])
 
 
 def as_json(value):

@@ -5,15 +5,20 @@ from functional_optimodules.federated.buffered import BufferedFederation
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.federation import Federation
 from functional_optimodules.federated.placement import clients_mesh
+from functional_optimodules.federated.protocol.client import Client
+from functional_optimodules.federated.protocol.server import Bounds, Server
 from functional_optimodules.federated.staged.data import StagedData
 from functional_optimodules.federated.staged.federation import StagedFederation
 from functional_optimodules.federated.state import FederationState
 
 __all__ = [
+    "Bounds",
     "BufferedFederation",
+    "Client",
     "FederatedData",
     "Federation",
     "FederationState",
+    "Server",
     "StagedData",
     "StagedFederation",
     "aggregation",

@@ -10,7 +10,7 @@ It is a pure function of the client's own data, state and key, so that it gives 
 whether clients are run one by one, together, or on several devices.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import jax
@@ -26,7 +26,7 @@ from functional_optimodules.federated.loss import Averages, LossFn, Metrics, ave
 from functional_optimodules.federated.sides import Own, Side, Sides, end_round
 from functional_optimodules.federated.totals import Totals
 from functional_optimodules.numerics import is_finite, where, wide
-from functional_optimodules.optimizer import OptimizerState
+from functional_optimodules.optimizer import Optimizer, OptimizerState
 from functional_optimodules.types import Params, PyTree
 from functional_optimodules.xla import long_axis_last
 
@@ -131,12 +131,33 @@ def full_gradient(
         loss = averaged(loss_fn, mask, batches.size)
         gradients, _ = jax.grad(loss, has_aux=True)(free, stats, batch, jax.random.fold_in(key, step + 1))
         real = jnp.float32(batches.size) if mask is None else jnp.sum(mask, dtype=jnp.float32)
-        total = jax.tree.map(lambda t, g: t + real.astype(t.real.dtype) * wide(g), carry[0], gradients)
+        total = jax.tree.map(lambda t, g: t + real.astype(t.dtype) * wide(g), carry[0], gradients)
         return total, carry[1] + real
 
     start = jax.tree.map(lambda leaf: wide(jnp.zeros_like(leaf)), free), jnp.float32(0)
     total = WeightedSum(*jax.lax.fori_loop(0, batches.steps, add, start))
     return sides.client.hold(total.mean())
+
+
+class Sent(NamedTuple):
+    """What one participant sends, as clients hold it, and how much it counts.
+
+    Attributes:
+      delta: where the shared parameters went, as the uplink made it, in at least float32.
+      auxes: its auxiliary variables by name.
+      stats: what is shared of the model's state.
+      weight: float32 scalar, how much it counts in the mean.
+      examples: float32 scalar, how many it has.
+      each: float32 scalars by name: the averages of its metrics over the examples that it
+        stepped over, and what its bricks say.
+    """
+
+    delta: PyTree
+    auxes: dict[str, FromClients]
+    stats: PyTree
+    weight: jax.Array
+    examples: jax.Array
+    each: Metrics
 
 
 def participate(
@@ -154,21 +175,78 @@ def participate(
       row: what it keeps.
     """
     told = jax.tree.map(lambda leaf: leaf[index], shared.given)
-    who = told.participants
+    sent, ended = take_part(federation, sides, shared, data, index, slot, row)
+    finite = is_finite((sent.delta, sent.stats, sent.auxes))
+    joined = jnp.array(True) if told.dropped is None else ~told.dropped
+    if federation.on_nonfinite == "skip":
+        joined = joined & finite
+    totals = totals_of(federation, sent, told.participants, joined, finite, shared.aggregation)
+    if learns(federation):  # also of the last round, when it drops out of this one
+        row = learned(sides, row, shared.params, shared.round)
+    return totals, where(joined, sides.row(sides.commit(ended)), row)
+
+
+def learns(federation: "Federation") -> bool:
+    """Whether a client's brick takes in what came of its last report, when the next round begins."""
+    return any(module.learns for module in federation.client.modules)
+
+
+def learned(sides: Sides, row: Rows, params: Params, now: jax.Array) -> Rows:
+    """Return the row of a client that was told the parameters of the round after its last report."""
+    own = sides.restored(row, params)
+    return sides.row(own._replace(client=sides.client.begin_round(own.client, sides.whole(params, own, now))))
+
+
+def take_part(
+    federation: "Federation", sides: Sides, shared: Shared, data: PyTree, index: jax.Array, slot: jax.Array, row: Rows
+) -> tuple[Sent, Own]:
+    """Take one participant's round: return what it sends, and what it has, to commit once that has arrived."""
+    told = jax.tree.map(lambda leaf: leaf[index], shared.given)
     batches = _batches(federation, shared, data, index, slot)
     before = sides.restored(row, shared.params)
-    start, own, walked = walk_round(federation, sides, shared, before, batches, who)
+    start, own, walked = walk_round(federation, sides, shared, before, batches, told.participants)
+    known: dict[str, Callable[[], PyTree]] = {
+        "num_steps": batches.taken,
+        "full_gradient": lambda: full_gradient(federation, sides, before, shared, data, index, slot),
+    }
+    weight = _weight(federation, told, batches)
+    return send(sides, shared, start, own, walked, weight, batches.examples, known)
+
+
+def send(
+    sides: Sides,
+    shared: Shared,
+    start: Params,
+    own: Own,
+    walked: Walked,
+    weight: jax.Array,
+    examples: jax.Array,
+    known: Mapping[str, Callable[[], PyTree]],
+) -> tuple[Sent, Own]:
+    """End a participant's round, after its last step.
+
+    Args:
+      sides: both sides.
+      shared: what all participants share.
+      start: the parameters before its steps.
+      own: what it has before them.
+      walked: what is after them.
+      weight: how much it counts.
+      examples: how many it has.
+      known: what else is known of its round, by name.
+
+    Returns:
+      What it sends, and what it has, to commit once that has arrived.
+    """
     # Of what is shared by turns, all that the client did since it last was.
     anchor = start if sides.turns is None else sides.params.whole(shared.params, own.params)
     delta = jax.tree.map(lambda new, old: wide(new) - wide(old), walked.y, anchor)
-    weight = _weight(federation, told, batches)
-    known: dict[str, Callable[[], PyTree]] = {
+    everything: Mapping[str, Callable[[], PyTree]] = {
         "delta": lambda: delta,
-        "num_steps": batches.taken,
         "weight": lambda: weight,
-        "examples": lambda: batches.examples,
-        "full_gradient": lambda: full_gradient(federation, sides, before, shared, data, index, slot),
+        "examples": lambda: examples,
         "coin": lambda: shared.coin,
+        **known,
     }
     ended = own._replace(
         client=walked.state,
@@ -180,28 +258,40 @@ def participate(
     if sides.turns is not None:
         sent = sides.shared(sides.turns.due(delta, jax.tree.map(jnp.zeros_like, delta), shared.round))
     updates, ended = end_round(
-        sides, ended, jax.tree.map(jnp.negative, sent), shared.params, lambda name: known[name]()
+        sides, ended, jax.tree.map(jnp.negative, sent), shared.params, lambda name: everything[name]()
     )
-    if federation.uplink:
+    if cast(Optimizer, sides.uplink.brick).modules:
         sent = jax.tree.map(jnp.negative, updates)
     auxes = cast(dict[str, FromClients], sides.report(ended))
-    stats = sides.stats.shared(walked.stats)
+    each = walked.averages.value() | sides.metrics(ended)
+    return Sent(sent, auxes, sides.stats.shared(walked.stats), weight, examples, each), ended
 
-    finite = is_finite((sent, stats, auxes))
-    joined = jnp.array(True) if told.dropped is None else ~told.dropped
-    if federation.on_nonfinite == "skip":
-        joined = joined & finite
-    each = {"examples": batches.examples, "joined": joined.astype(jnp.float32), "finite": finite.astype(jnp.float32)}
+
+def totals_of(
+    federation: "Federation", sent: Sent, who: jax.Array, joined: jax.Array, finite: jax.Array, kept: PyTree
+) -> Totals:
+    """Return what the totals of a round get of what one participant sent.
+
+    Args:
+      federation: the `Federation`.
+      sent: what it sent.
+      who: which client it is.
+      joined: whether it counts.
+      finite: whether all that it sent is.
+      kept: what the aggregation has kept.
+    """
     clients = {name: n for name, module in federation.server.channels().items() if (n := module.clients()) is not None}
-    auxes = {name: aux.widen(who, clients[name]) if aux.is_per_client() else aux for name, aux in auxes.items()}
-    totals = Totals(
-        sums=_contribution(federation, sent, weight, shared.aggregation, joined),
+    auxes = {name: aux.widen(who, clients[name]) if aux.is_per_client() else aux for name, aux in sent.auxes.items()}
+    each = {"examples": sent.examples, "joined": joined.astype(jnp.float32), "finite": finite.astype(jnp.float32)}
+    return Totals(
+        sums=_contribution(federation, sent.delta, sent.weight, kept, joined),
         auxes={name: where(joined, aux, aux.neutral()) for name, aux in auxes.items()},
-        stats=() if stats is None else _zeroed(joined, WeightedSum.of(jax.tree.map(wide, stats), weight)),
-        each=walked.averages.value() | each | sides.metrics(ended),
-        rows=_zeroed(joined, WeightedSum(sent, weight)) if _keeps_rows(federation) else (),
+        stats=()
+        if sent.stats is None
+        else _zeroed(joined, WeightedSum.of(jax.tree.map(wide, sent.stats), sent.weight)),
+        each=sent.each | each,
+        rows=_zeroed(joined, WeightedSum(sent.delta, sent.weight)) if _keeps_rows(federation) else (),
     )
-    return totals, where(joined, sides.row(sides.commit(ended)), row)
 
 
 def walk_round(

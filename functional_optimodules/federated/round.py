@@ -53,7 +53,7 @@ def share(
         broadcast=sides.broadcast(server),
         key=key,
         round=state.round,
-        coin=jax.random.uniform(_stream(key, state, 1)) if "coin" in _asked(sides) else None,
+        coin=jax.random.uniform(_stream(key, state, 1)) if "coin" in asked_of(sides) else None,
         steps=_draw_steps(federation, _stream(key, state, 2)),
         mean_gradient=None,
         aggregation=state.aggregation,
@@ -80,9 +80,10 @@ def _draw_steps(federation: "Federation", key: jax.Array) -> jax.Array | None:
     return 1 + jnp.minimum(jnp.floor(tails), 2.0**30).astype(jnp.int32)
 
 
-def _asked(sides: Sides) -> frozenset[str]:
+def asked_of(sides: Sides) -> frozenset[str]:
+    """Return the names of all that bricks of either side ask for."""
     each = [side.brick.asks() for side in (sides.client, sides.uplink, sides.server)]
-    return frozenset().union(*(names for asked in each for names in asked))
+    return frozenset().union(*(names for one in each for names in one))
 
 
 def run_round(
@@ -93,8 +94,12 @@ def run_round(
     sides = own_sides(federation, state)
     participants, count = given.participants, given.participants.shape[0]
     data = jax.tree.map(jnp.asarray, data)
-    if given.num_steps is None and not isinstance(data, FederatedData):
-        given = given._replace(num_steps=jnp.full(count, jax.tree.leaves(data)[0].shape[1], jnp.int32))
+    if isinstance(data, FederatedData):
+        alike = data.smallest == data.largest
+    else:
+        alike = given.num_steps is None and given.mask is None
+        if given.num_steps is None:
+            given = given._replace(num_steps=jnp.full(count, jax.tree.leaves(data)[0].shape[1], jnp.int32))
     before = sides.params.shared(state.params)
     server = sides.server.begin_round(state.server, before)
     shared = share(federation, sides, state, server, given)
@@ -102,14 +107,14 @@ def run_round(
         slots = data.slots_of(participants)
     else:
         slots = state.slots[participants] if state.slots.shape[0] else jnp.arange(count, dtype=jnp.int32)
-    chunk = chunk_size(federation.mapping, count, state.params)
+    chunk = chunk_size(federation.mapping, count, state.params, alike)
 
     def run(one: Callable[..., tuple[Totals, Rows]]) -> tuple[Totals, Rows]:
         work = functools.partial(one, federation, sides)
         return run_participants(federation.mapping, chunk, work, shared, data, state.bank, slots)
 
     known = {"coin": shared.coin}
-    if "mean_gradient" in _asked(sides):
+    if "mean_gradient" in asked_of(sides):
         first, _ = run(give_gradient)
         gradient = sides.client.free(first.sums.mean())
         shared = shared._replace(mean_gradient=sides.client.hold(gradient))
@@ -149,7 +154,7 @@ def step_server(
     delta, aggregation = _aggregate(federation, totals, state.aggregation)
     gradients = jax.tree.map(jnp.negative, free(delta))
     if scale is not None:
-        gradients = jax.tree.map(lambda g: scale.astype(g.real.dtype) * g, gradients)
+        gradients = jax.tree.map(lambda g: scale.astype(g.dtype) * g, gradients)
     known = known | {"joined": jnp.sum(totals.each["joined"])}
     asked = {name: known[name] for name in sides.server.brick.asks().step - {"lrate"}}
     anyone = jnp.any(totals.each["joined"] > 0)

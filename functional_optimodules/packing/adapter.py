@@ -130,6 +130,15 @@ class Adapter(Generic[State]):
             (held,) = held.values()
         return self._kept("process", state, self.brick.process(held, state))
 
+    def forget(self, state: State, delta: PyTree, auxes: Mapping[str, AuxVar]) -> State:
+        """Return a server's state without what a client has given: the sums of its deltas and auxiliary variables."""
+        held: Any = {name: aux.map_shaped(self.hold) for name, aux in auxes.items()}
+        if any(module is self.brick for module in self.brick.channels().values()):
+            held = next(iter(held.values()), None)
+        given = {"delta": self.hold(delta), "aux": held}
+        recalled = {name: given[name] for name in self.brick.recalls()}
+        return self._kept("forget", state, self.brick.forget(state, **recalled))
+
     def fold_in(self, state: State, integer: int | jax.Array) -> State:
         """Fold an integer into every PRNG key of a state."""
         return self._kept("fold_in", state, self.brick.fold_in(state, integer))

@@ -1,9 +1,11 @@
-"""Checks of `begin_round`, `commit`, `process` and `fold_in`."""
+"""Checks of `begin_round`, `commit`, `process`, `forget` and `fold_in`."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from functional_optimodules.brick import Brick
+from functional_optimodules.brick import Brick, OptiModule
+from functional_optimodules.numerics import wide
 from functional_optimodules.packing.adapter import adapted
 from functional_optimodules.random.keys import is_key
 from functional_optimodules.testing.check import check
@@ -12,8 +14,10 @@ from functional_optimodules.testing.trees import (
     assert_same,
     assert_same_specs,
     end_round,
+    known,
     leaves_without_keys,
     parameters,
+    randoms,
     stepped,
     to_numpy,
 )
@@ -52,6 +56,22 @@ def check_round_reset_is_as_new(brick: Brick) -> None:
             leaves_without_keys(fresh),
             "with `round_reset`, a round does not start as `init`",
         )
+
+
+@check(Brick)
+def check_forget_takes_back_what_was_given(brick: Brick) -> None:
+    """What `forget` is told that a client gave, it takes out of the state that came of it."""
+    if not brick.recalls() or not isinstance(brick, OptiModule):
+        return
+    params, adapter, before = parameters(), adapted(brick.bare()), brick.init(parameters())
+    auxes, gradients = received(brick, params), randoms(params, 3)
+    delta = jax.tree.map(lambda g: -wide(g), gradients)
+    alone = {
+        name: jnp.float32(1) if name == "joined" else value for name, value in known(brick.asks().step, params).items()
+    }
+    _, after = adapter.update(gradients, adapter.process(auxes, before), params, **alone)
+    forgotten = adapter.forget(after, delta, auxes)
+    assert_same(forgotten, before, "`forget` leaves something of what a client gave, or takes out more", close=True)
 
 
 @check(Brick, scope="class")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.conformance.ours import Peers, Simulator
+from benchmarks.conformance.ours import Messages, Peers, Simulator
 from functional_optimodules.testing.federated import ORACLES, SCENARIOS, check, check_invariants, explain
 
 # There is no option I. A buffered server's participants follow from a clock: see `test_buffered.py`.
@@ -25,6 +25,12 @@ def test_rounds_of_the_simulator_are_the_papers(algorithm):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [name for name in OURS if name != "ditto"])  # it is seen in personal models alone
+def test_rounds_of_a_server_and_its_clients_are_the_papers(algorithm):
+    require(check(Messages(), algorithm))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", DEPLOYED)
 def test_rounds_over_json_are_the_papers(algorithm):
     require(check(Peers(), algorithm))
@@ -32,7 +38,8 @@ def test_rounds_over_json_are_the_papers(algorithm):
         assert finding.ok or "variates" in finding.skipped, finding
 
 
-@pytest.mark.parametrize("adapter", [Simulator(), Peers()], ids=["simulator", "peers"])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [Simulator(), Messages(), Peers()], ids=["simulator", "server", "peers"])
 @pytest.mark.parametrize("algorithm", ["fedavg", "scaffold", "fednova"])
 def test_lost_messages_sampling_and_unequal_steps_at_once(adapter, algorithm):
     require(check(adapter, algorithm, SCENARIOS["mixed"]))

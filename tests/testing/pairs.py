@@ -57,6 +57,11 @@ class Serving(Sum, register=False):
         return State(jax.tree.map(lambda k, t: k + t / aux.count.astype(t.dtype), state.kept, aux.total))
 
 
+class HalfForgetting(Serving, register=False):
+    def forget(self, state, *, aux):
+        return State(jax.tree.map(lambda k, t: k - t / (2 * aux.count).astype(t.dtype), state.kept, aux.total))
+
+
 class RandomCollect(Sending, register=False):
     def collect(self, state):
         return Numbers(jax.tree.map(lambda k: k * random.random(), state.kept), jnp.ones((), jnp.int32))

@@ -47,6 +47,7 @@ from .bricks import (
 from .pairs import (
     EmptyingCollect,
     ForgettingRound,
+    HalfForgetting,
     RandomCollect,
     Reshaping,
     Sending,
@@ -59,6 +60,7 @@ from .pairs import (
 KEPT = dict(contract(Kept))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", KEPT)
 def test_brick_that_keeps_the_callers_gradients_in_its_state_keeps_the_contract(check):
     KEPT[check]()
@@ -91,6 +93,7 @@ BROKEN = {
     "check_rounds_keep_structure": [(DroppingRound, r"begin_round\(state, params\)"), (Reshaping, "process")],
     "check_round_reset_is_as_new": [(HalfReset, "does not start as")],
     "check_fold_in_separates_clients": [(SameKey, "same key"), (OldKey, "jax.random.key")],
+    "check_forget_takes_back_what_was_given": [(HalfForgetting, "leaves something of what a client gave")],
     "check_run_is_update": [(Growing, "structure"), (HiddenState, "other updates")],
     "check_resume_in_mid_round": [(HiddenState, "continues differently")],
     "check_state_before_the_first_run": [(DroppingRound, "begin_round")],

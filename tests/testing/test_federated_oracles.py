@@ -101,6 +101,7 @@ def run(name, scenario, **hyper):
 # What is right passes, what is mistaken does not, and is named
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ORACLES)
 def test_an_oracle_passes_its_own_check_in_every_scenario(name):
     findings = check(Direct(ORACLES[name]), name)
@@ -116,6 +117,7 @@ def test_a_float32_implementation_passes_with_a_margin(name):
     assert all(finding.ok for finding in check_invariants(Float32(ORACLES[name]), name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mistake"), CASES, ids=[f"{name}-{mistake.__name__}" for name, mistake in CASES])
 def test_a_known_mistake_is_caught_and_named(name, mistake):
     findings = check(Direct(mistake), name)
@@ -311,6 +313,7 @@ def test_fedavg_is_inconsistent_with_unequal_steps_where_fednova_is_not():
     assert consistency(Direct(ORACLES["fedavg"]), "fedavg") > 0.2
 
 
+@pytest.mark.slow
 def test_fedavg_converges_to_the_optimum_of_weights_times_steps():
     rounds = tuple(RoundPlan(ALL, (1, 2, 9, 3, 6)) for _ in range(4000))
     fedavg = run("fedavg", Scenario("long", rounds), lrate=2e-3)

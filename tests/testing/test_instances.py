@@ -71,6 +71,7 @@ def test_instances_skip_values_that_do_not_go_together():
     assert all(plugin.low < plugin.high for plugin in instances(Ordered).values())
 
 
+@pytest.mark.slow
 def test_testing_needs_no_test_framework():
     program = "import sys, functional_optimodules.testing; sys.exit(bool({'pytest', 'hypothesis'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,434 @@
+"""Servers and clients: loops of one's own, what is saved, what is refused."""
+
+import copy
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import functional_optimodules as fo
+from functional_optimodules.federated import Bounds, Client, FederatedData, Federation, Server
+from functional_optimodules.federated.protocol.delivery import StaleMessageError
+from functional_optimodules.federated.protocol.message import Message
+
+from .peers import DATA, NAMES, feddyn, loss, params, peers, run_round, scaffold
+
+MIME = Federation(
+    loss, fo.Optimizer(0.05, modules=["mime-client"]), fo.Optimizer(1.0, modules=["mime-server"]), batch_size=12
+)
+
+
+VERSION_1 = Path(__file__).parent / "version-1"
+
+
+def gradients(at, data):
+    return jax.grad(lambda p: loss(p, data).mean())(at)
+
+
+@pytest.mark.parametrize("federation", [scaffold(batch_size=None, steps=3), feddyn(batch_size=None, steps=3)])
+def test_steps_in_a_loop_of_one_s_own_are_those_of_fit(federation):
+    ends = []
+    for own in (False, True):
+        server, clients = peers(federation)
+        for _ in range(3):
+            for name, message in server.broadcast().items():
+                client = clients[name]
+                at = client.begin(message)
+                if own:
+                    for _ in range(3):
+                        at = client.apply_gradients(gradients(at, DATA[name]))
+                server.receive(name, client.report(examples=12, metrics={"loss": 1.0}) if own else client.report())
+            history = server.finish_round()
+        ends.append(server.params)
+    assert history["loss"].tolist() == [1, 1, 1]
+    for name in ends[0]:
+        np.testing.assert_allclose(ends[0][name], ends[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_loop_of_one_s_own_over_two_passes():
+    ends = []
+    for own in (False, True):
+        server, clients = peers(MIME)
+        if own:
+            clients = {name: Client(MIME, name) for name in NAMES}
+        while server.round < 2:
+            for name, message in server.broadcast().items():
+                client, data = clients[name], DATA[name]
+                at = client.begin(message)
+                if own and message.about["kind"] == "first":
+                    client.report(gradient=gradients(at, data), examples=12)
+                elif own:
+                    client.apply_gradients(gradients(at, data), anchor_gradient=gradients(at, data))
+                    client.report(full_gradient=gradients(at, data), examples=12)
+                server.receive(name, client.report())
+            server.finish_round()
+        ends.append(server.params)
+    for name in ends[0]:
+        np.testing.assert_allclose(ends[0][name], ends[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_weights_and_samples_are_those_of_the_simulation():
+    federation = scaffold()
+    data = FederatedData.from_clients(list(DATA.values()))
+    server, clients = peers(federation, seed=3)
+    state = federation.init(params(), data, seed=3)
+    weights = {"a": 1.0, "b": 3.0, "c": 0.5}
+    for _ in range(3):
+        names = server.sample(2)
+        chosen = [NAMES.index(name) for name in names]
+        assert chosen == np.asarray(data.sample(state.key, state.round, 2, False)).tolist()
+        state, _ = federation.round(state, data, jnp.array(chosen), weights=jnp.array([weights[n] for n in names]))
+        for name, message in server.broadcast(names, weights).items():
+            clients[name].begin(message)
+            server.receive(name, clients[name].report())
+        server.finish_round()
+    for name in state.params:
+        np.testing.assert_allclose(server.params[name], state.params[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_client_that_joins_late_begins_where_all_did():
+    federation = Federation(loss, fo.Optimizer(0.05), local=["b"], batch_size=4)
+    server = Server(federation, params(), 3, seed=0)
+    clients = {name: Client(federation, name, DATA[name]) for name in NAMES}
+    run_round(server, clients, ["c"])
+    run_round(server, clients, ["c", "a"])
+    assert server.names == ["c", "a"]
+    assert clients["a"].journal.waiting is not None
+    with pytest.raises(ValueError, match=r"\['x', 'y'\] are new, and of the 3 clients 2 are known"):
+        server.broadcast(["x", "y"])
+
+
+def test_metrics_that_are_not_finite_travel():
+    server, clients = peers(scaffold(batch_size=None, steps=1))
+    message = server.broadcast(["a"])["a"]
+    clients["a"].apply_gradients(gradients(clients["a"].begin(message), DATA["a"]))
+    report = json.loads(json.dumps(clients["a"].report(metrics={"loss": float("nan")}).to_json(), allow_nan=False))
+    server.receive("a", report)
+    assert np.isnan(server.finish_round()["loss"]).all()
+
+
+def test_messages_take_little_more_than_what_they_carry():
+    federation = Federation(loss, fo.Optimizer(0.05), batch_size=4)
+    big = {"w": jnp.zeros((3, 2000)), "b": jnp.zeros(2000)}
+    server = Server(federation, big, ["a"])
+    y = np.random.default_rng(0).normal(size=(12, 2000)).astype(np.float32)
+    client = Client(federation, "a", {"x": DATA["a"]["x"], "y": y})
+    message = server.broadcast()["a"]
+    client.begin(message)
+    report = client.report()
+    assert len(report.to_bytes()) < 1.05 * 4 * 8000
+    assert report.arrays["delta/w"].nbytes == 4 * 6000
+
+
+@pytest.mark.parametrize(
+    ("uplink", "most"),
+    [
+        (("top-k", {"fraction": 0.01}), 8 * 80 + 64),
+        (("random-k", {"fraction": 0.01, "seed": 0}), 8 * 80 + 64),
+        ("sign", 8000 / 8 + 64),
+        (("qsgd", {"levels": 7, "seed": 0}), 8000 * 4 / 8 + 200),
+    ],
+)
+def test_a_compressed_uplink_travels_compressed(uplink, most):
+    federation = Federation(loss, fo.Optimizer(0.05), batch_size=4, uplink=[uplink])
+    big = {"w": jnp.zeros((3, 2000)), "b": jnp.zeros(2000)}
+    server = Server(federation, big, ["a"])
+    y = np.random.default_rng(0).normal(size=(12, 2000)).astype(np.float32)
+    client = Client(federation, "a", {"x": DATA["a"]["x"], "y": y})
+    client.begin(server.broadcast()["a"])
+    report = client.report()
+    assert report.nbytes <= most
+
+
+@pytest.fixture
+def at_work():
+    server, clients = peers(scaffold())
+    run_round(server, clients)
+    for name, message in server.broadcast().items():
+        clients[name].begin(message)
+    return server, clients
+
+
+def altered(report, path=None, array=None, **about):
+    arrays = dict(report.arrays)
+    if path is not None:
+        changed = Message.of({}, {"x": array}).arrays["x"]
+        arrays[path] = changed
+    return Message({**report.about, **about}, arrays)
+
+
+BAD = np.float32([np.nan, 1])
+REFUSED = {
+    "NaN": (
+        lambda r: altered(r, "delta/b", BAD),
+        FloatingPointError,
+        "the report of 'a': 'delta/b' has values that are not",
+    ),
+    "infinity": (
+        lambda r: altered(r, "auxes/scaffold/delta/b", np.float32([np.inf, 1])),
+        FloatingPointError,
+        "not finite",
+    ),
+    "1e38": (
+        lambda r: altered(r, "delta/b", np.float32([1e38, 1])),
+        ValueError,
+        "'delta/b' has 9.99.*e.37: expected at most",
+    ),
+    "another shape": (lambda r: altered(r, "delta/b", np.zeros(3, np.float32)), ValueError, r"expected float32\[2\]"),
+    "another dtype": (lambda r: altered(r, "delta/b", np.zeros(2, np.int32)), ValueError, r"expected float32\[2\]"),
+    "an unknown array": (lambda r: altered(r, "more", np.zeros(2)), ValueError, "has an unknown array 'more'"),
+    "another's name": (lambda r: altered(r, **{"from": "b"}), ValueError, "says that it is from 'b'"),
+    "an old round": (
+        lambda r: altered(r, id=5, round=0),
+        StaleMessageError,
+        "is of round 0, with the id 5: expected round 1",
+    ),
+    "no kind": (lambda r: altered(r, kind="x"), StaleMessageError, "is a 'x': expected a 'report'"),
+    "no ticket": (lambda r: altered(r, ticket=True), ValueError, "has the ticket True"),
+    "negative examples": (lambda r: altered(r, examples=-1.0), ValueError, "says it has -1.0 examples"),
+    "many examples": (
+        lambda r: altered(r, examples=1e30),
+        ValueError,
+        "says it has 1e.30 examples: expected 0 to 1000",
+    ),
+    "a thousand metrics": (
+        lambda r: altered(r, metrics={str(i): 0.0 for i in range(1000)}),
+        ValueError,
+        "expected a mapping of at most 64",
+    ),
+    "a metric that is no number": (
+        lambda r: altered(r, metrics={"loss": []}),
+        ValueError,
+        "expected a number, or null",
+    ),
+    "a metric of a name that is taken": (
+        lambda r: altered(r, metrics={"joined": 1}),
+        ValueError,
+        "the metric 'joined'",
+    ),
+    "a lie about joined": (
+        lambda r: altered(r, "auxes/scaffold/joined", np.int32(10**6)),
+        ValueError,
+        "'scaffold' has joined=1000000: expected 0 or 1",
+    ),
+    "one who joins again": (
+        lambda r: altered(r, "auxes/scaffold/joined", np.int32(1)),
+        ValueError,
+        "has joined=1, of a client that has taken part",
+    ),
+    "a million leaves": (
+        lambda r: Message(r.about, {f"delta/{i}": r.arrays["delta/b"] for i in range(10**6)}),
+        ValueError,
+        "lacks the array 'auxes|has an unknown array",
+    ),
+    "no message": (lambda r: 5, TypeError, "a message is a Message"),
+    "bytes of another": (lambda r: b"abc" * 10, ValueError, "begins with"),
+    "a gigabyte": (lambda r: bytearray(10**8), ValueError, "has 100000000 bytes: expected at most"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_report_that_cannot_be_right_is_refused_and_nothing_changes(at_work, name):
+    server, clients = at_work
+    server.bounds = Bounds(most_examples=1000)
+    change, error, words = REFUSED[name]
+    good = clients["a"].report()
+    with pytest.raises(error, match=words):
+        server.receive("a", change(good))
+    assert server.receive("a", good.to_bytes())
+    assert server.finish_round()["joined"].tolist() == [True, False, False]
+
+
+def test_a_client_s_number_that_is_not_finite_leaves_it_out_where_that_is_asked_for():
+    server, clients = peers(scaffold(on_nonfinite="skip"))
+    for name, message in server.broadcast().items():
+        clients[name].begin(message)
+        report = clients[name].report()
+        server.receive(name, altered(report, "delta/b", BAD) if name == "b" else report)
+    history = server.finish_round()
+    assert history["joined"].tolist() == [True, False, True]
+    assert history["finite"].tolist() == [True, False, True]
+    assert server.ledger.tell("b") == 0
+    assert np.isfinite(server.params["b"]).all()
+
+
+BROADCASTS = {
+    "for another": (lambda m: altered(m, to="b"), "is for 'b'"),
+    "no round": (lambda m: altered(m, kind="report"), "is a 'report': expected 'first' or 'round'"),
+    "a round before the first": (lambda m: altered(m, round=-1, id=7), "has round=-1: expected an integer in"),
+    "a client beyond all": (lambda m: altered(m, client=3, id=7), "says client 3 of 3"),
+    "parameters of another shape": (
+        lambda m: altered(m, "params/b", np.zeros(3, np.float32), id=7),
+        r"expected float32\[2\]",
+    ),
+    "an unknown array": (lambda m: altered(m, "params/c", np.zeros(2), id=7), "has an unknown array 'params/c'"),
+}
+
+
+@pytest.mark.parametrize("name", BROADCASTS)
+def test_a_broadcast_that_cannot_be_right_is_refused_and_nothing_changes(at_work, name):
+    server, clients = at_work
+    change, words = BROADCASTS[name]
+    before = clients["a"].journal.kept, clients["a"].journal.settled, clients["a"].report()
+    with pytest.raises(ValueError, match=words):
+        clients["a"].begin(change(server.broadcast(["a"])["a"]))
+    assert before == (clients["a"].journal.kept, clients["a"].journal.settled, clients["a"].report())
+
+
+def test_an_old_broadcast_is_refused():
+    server, clients = peers(scaffold())
+    old = server.broadcast(["a"])["a"].to_bytes()
+    clients["a"].begin(old)
+    server.receive("a", clients["a"].report())
+    server.finish_round()
+    clients["a"].begin(server.broadcast(["a"])["a"])
+    with pytest.raises(StaleMessageError, match="is of round 0: expected one of round 1 or later"):
+        clients["a"].begin(old)
+
+
+CALLS = {
+    "no client": (lambda: Server(scaffold(), params(), []), "clients=0 should be|clients=.* should be their names"),
+    "a name twice": (lambda: Server(scaffold(), params(), ["a", "a"]), "should be different names"),
+    "fewer than num_clients": (lambda: Server(scaffold(), params(), list("abcd")), "give it num_clients=4"),
+    "no round": (lambda: Server(scaffold(), params(), NAMES).finish_round(), "no round is under way"),
+    "an unknown client": (lambda: Server(scaffold(), params(), NAMES).broadcast(["x"]), r"\['x'\] are new"),
+    "no participants": (lambda: Server(scaffold(), params(), NAMES).broadcast([]), "at least one"),
+    "a weight that is missing": (
+        lambda: Server(scaffold(), params(), NAMES).broadcast(weights={"a": 1}),
+        "one for each",
+    ),
+    "a sample that is too large": (lambda: Server(scaffold(), params(), NAMES).sample(4), "from 1 to the 3 clients"),
+    "a sample of unknown names": (lambda: Server(scaffold(), params(), 3).sample(2), "0 are known by name"),
+    "no name": (lambda: Client(scaffold(), ""), "should be a name"),
+    "nothing heard": (lambda: Client(scaffold(), "a").report(), "has heard of no round"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_that_cannot_be_right_says_so(name):
+    call, words = CALLS[name]
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_a_client_without_data_says_what_it_needs(at_work):
+    server, _ = at_work
+    client = Client(scaffold(), "a")
+    client.begin(altered(server.broadcast(["a"])["a"], taken=0))
+    with pytest.raises(ValueError, match="has no data: give it some, or call `apply_gradients`"):
+        client.fit()
+    with pytest.raises(ValueError, match="has done nothing in this round"):
+        client.report()
+    with pytest.raises(ValueError, match=r"the gradients lacks the leaf 'b'"):
+        client.apply_gradients({"w": jnp.zeros((3, 2))})
+
+
+def test_others_than_the_participants_are_refused_while_a_round_is_under_way():
+    server, _clients = peers(scaffold())
+    server.broadcast(["a", "b"])
+    with pytest.raises(ValueError, match=r"round 0 is under way, and \['c'\] take no part in it"):
+        server.broadcast(["c"])
+    with pytest.raises(StaleMessageError, match="expected reports of round 0 from"):
+        server.receive("c", Message({"from": "c"}, {}))
+
+
+def test_a_round_in_which_no_one_reports_moves_nothing():
+    server, clients = peers(scaffold())
+    run_round(server, clients)
+    before = server.params
+    server.broadcast()
+    assert server.finish_round()["joined"].tolist() == [False] * 3
+    assert server.round == 2
+    assert all((server.params[name] == before[name]).all() for name in before)
+
+
+def test_a_part_of_a_saved_server_is_taken_over(tmp_path):
+    server, clients = peers(scaffold())
+    run_round(server, clients)
+    server.save(tmp_path)
+    other = Server(Federation(loss, fo.Optimizer(0.1), fo.Optimizer(1.0, modules=["adam"])), params(), NAMES)
+    with pytest.raises(ValueError, match=r"is of another federation: batch_size was 4"):
+        other.load(tmp_path)
+    other.load(tmp_path, only=["params/**"])
+    assert all((other.params[name] == server.params[name]).all() for name in other.params)
+    assert other.round == 0
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
+    server, clients = peers(scaffold())
+    run_round(server, clients)
+    server.save(tmp_path / "server")
+    clients["a"].save(tmp_path / "a")
+    with pytest.raises(ValueError, match="is that of a 'client'"):
+        server.load(tmp_path / "a")
+    with pytest.raises(ValueError, match="is that of the client 'a'"):
+        clients["b"].load(tmp_path / "a")
+    with pytest.raises(ValueError, match="is of another federation: epochs was 1, and is 2 here"):
+        Client(scaffold(epochs=2), "a").load(tmp_path / "a")
+    twin = Client(scaffold(epochs=2), "a")
+    twin.load(tmp_path / "a", changed=["epochs"])
+    assert twin.journal.waiting[0] == clients["a"].journal.waiting[0]
+
+
+def test_a_client_of_a_flax_model():
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    federation = Federation.from_nnx(
+        model, lambda m, batch: ((m(batch["x"]) - batch["y"]) ** 2).sum(-1), fo.Optimizer(0.05), batch_size=4
+    )
+    server = Server(federation, model, NAMES)
+    clients = {name: Client(federation, name, DATA[name]) for name in NAMES}
+    run_round(server, clients)
+    assert isinstance(server.model(), nnx.Linear)
+    assert isinstance(clients["a"].model(), nnx.Linear)
+
+
+def test_an_optax_loop_may_stand_on_the_client_s_side():
+    federation = Federation(loss, fo.Optimizer(1.0))
+    server = Server(federation, params(), ["a"])
+    client = Client(federation, "a")
+    at = client.begin(server.broadcast()["a"])
+    transform = optax.adam(0.1)
+    updates, _ = transform.update(gradients(at, DATA["a"]), transform.init(at), at)
+    client.apply_gradients(jax.tree.map(jnp.negative, updates))
+    server.receive("a", client.report())
+    server.finish_round()
+    expected = optax.apply_updates(at, updates)
+    assert all(jnp.allclose(server.params[name], expected[name]) for name in expected)
+
+
+def test_reports_may_be_received_by_several_threads():
+    server, clients = peers(scaffold())
+    for name, message in server.broadcast().items():
+        clients[name].begin(message)
+    reports = [(name, client.report().to_bytes()) for name, client in clients.items()] * 8
+    with ThreadPoolExecutor(8) as pool:
+        new = list(pool.map(lambda report: server.receive(*report), reports))
+    assert sum(new) == 3
+    assert server.finish_round()["joined"].all()
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_peers_are_not_copied(copied):
+    server, clients = peers(scaffold())
+    for peer in (server, clients["a"]):
+        with pytest.raises(TypeError, match="is not pickled or copied: `save` it to a folder"):
+            copied(peer)
+
+
+def test_checkpoints_of_version_1_are_read():
+    server, _ = peers(scaffold())
+    server.load(VERSION_1 / "server")
+    client = Client(scaffold(), "a", DATA["a"])
+    client.load(VERSION_1 / "a")
+    assert server.round == 2
+    assert server.ledger.tell("a") == client.journal.waiting[0]
+    np.testing.assert_allclose(server.params["b"], [0.06700797, 0.03883688], rtol=1e-5)
+    run_round(server, {"a": client}, ["a"])
+    np.testing.assert_allclose(server.params["b"], [0.07636885, 0.04280772], rtol=1e-5)
