@@ -7,9 +7,13 @@ SCAFFOLD on clients of 20 examples of bytes, one epoch of one batch; logistic re
 files, and what clients keep is in a folder, from which a run that is killed goes on. A case has a process of its
 own; its memory is what rises from before the first round, compilation included, to the end.
 
-Then the same rounds with all clients on the device, in turn with staged ones, where both fit.
+Then the same rounds with all clients on the device, in turn with staged ones, where both fit. What is measured is kept
+in a file of the folder, until the report is written: a script that was broken off goes on with what is missing.
 """
 
+import contextlib
+import json
+import os
 import shutil
 import tempfile
 import time
@@ -24,13 +28,23 @@ from benchmarks.peak import alone, peak_of
 from benchmarks.report import parse_arguments, section, write
 from benchmarks.timing import RATIOS, TIMES, at_least, interleave, ratio_row, time_rows
 from functional_optimodules import Optimizer
-from functional_optimodules.federated import FederatedData, Federation, StagedData, StagedFederation
+from functional_optimodules.federated import FederatedData, Federation, StagedData, StagedFederation, clients_mesh
 
 EXAMPLES, CLASSES, EVERY, TARGET = 20, 10, 10, 0.8
 CLIENTS = (100, 1_000, 10_000, 100_000, 1_000_000)
 PARTICIPANTS = (10, 100, 1_000, 3_000)
 FEATURES = (10, 100, 784, 3_072)
-HEADER = ("clients", "participants", "parameters", "ms a round", "memory, MB", "data, MB", "bank on disk, MB")
+DEVICES = (1, 2, 4)
+HEADER = (
+    "devices",
+    "clients",
+    "participants",
+    "parameters",
+    "ms a round",
+    "memory, MB",
+    "data, MB",
+    "bank on disk, MB",
+)
 
 
 def loss(params, batch):
@@ -42,9 +56,39 @@ def make_params(features):
     return {"w": jnp.zeros((features, CLASSES)), "b": jnp.zeros(CLASSES)}
 
 
-def federation_of(clients):
+def federation_of(clients, mapping=None):
     server = Optimizer(1.0, modules=[("scaffold-server", {"num_clients": clients})])
-    return Federation(loss, Optimizer(0.1, modules=["scaffold-client"]), server, batch_size=EXAMPLES)
+    return Federation(loss, Optimizer(0.1, modules=["scaffold-client"]), server, batch_size=EXAMPLES, mapping=mapping)
+
+
+@contextlib.contextmanager
+def playing(devices):
+    """Let processes that are started play several devices; without a number, the one that there is."""
+    before = os.environ.get("XLA_FLAGS", "")
+    if devices:
+        os.environ["XLA_FLAGS"] = f"{before} --xla_force_host_platform_device_count={devices}"
+    try:
+        yield
+    finally:
+        os.environ["XLA_FLAGS"] = before
+
+
+class Kept:
+    """What was measured, in a file: each thing is measured once, however often the script is started."""
+
+    def __init__(self, path):
+        self.path = path
+        self.values = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, measure, *args):
+        """Return what a function returns for some arguments, as JSON has it."""
+        key = f"{measure.__name__}{args}"
+        if key not in self.values:
+            self.values[key] = measure(*args)
+            draft = self.path.with_suffix(".partial")
+            draft.write_text(json.dumps(self.values))
+            os.replace(draft, self.path)
+        return self.values[key]
 
 
 def make_files(folder, clients, features):
@@ -64,11 +108,11 @@ def make_files(folder, clients, features):
     return paths
 
 
-def staged_run(folder, clients, features):
+def staged_run(folder, clients, features, mapping=None):
     """Return a function that runs staged rounds, and the folder that they are kept in."""
     data = StagedData(make_files(folder, clients, features), np.full(clients, EXAMPLES))
     kept = Path(tempfile.mkdtemp(dir=folder))
-    staged = StagedFederation(federation_of(clients), kept)
+    staged = StagedFederation(federation_of(clients, mapping), kept)
     state = staged.init(make_params(features), data)
 
     def run(rounds, participants):
@@ -79,9 +123,9 @@ def staged_run(folder, clients, features):
     return run, kept
 
 
-def measure(folder, clients, participants, features, rounds):
+def measure(folder, clients, participants, features, devices, rounds):
     """Return seconds a round, by how much memory rose, and how much room the bank takes."""
-    run, kept = staged_run(folder, clients, features)
+    run, kept = staged_run(folder, clients, features, clients_mesh() if devices else None)
 
     def timed():
         run(EVERY, participants)
@@ -95,16 +139,19 @@ def measure(folder, clients, participants, features, rounds):
     return seconds, memory, room
 
 
-def measure_case(case, folder, rounds, found):
-    clients, participants, features = case
+def measure_alone(case, folder, rounds):
+    clients, participants, features, devices = case
     make_files(folder, clients, features)
-    if case not in found:
-        found[case] = alone(measure, folder, clients, participants, features, rounds)
-    seconds, memory, room = found[case]
+    with playing(devices):
+        return alone(measure, folder, clients, participants, features, devices, rounds)
+
+
+def row_of(case, seconds, memory, room):
+    clients, participants, features, devices = case
     data = clients * EXAMPLES * (features + 1)
     sizes = (f"{size / 1e6:,.0f}" for size in (memory, data, room))
-    row = f"{clients:,}", f"{participants:,}", f"{CLASSES * (features + 1):,}", f"{1e3 * seconds:.3g}", *sizes
-    return ([row],)
+    about = devices or 1, f"{clients:,}", f"{participants:,}", f"{CLASSES * (features + 1):,}"
+    return *about, f"{1e3 * seconds:.3g}", *sizes
 
 
 def compare(folder, clients, participants, features, seconds):
@@ -132,16 +179,22 @@ def compare(folder, clients, participants, features, seconds):
     return times
 
 
-def compare_case(case, folder, seconds):
+def compare_alone(case, folder, seconds):
     clients, participants, features = case
-    what = f"{clients:,} clients, {participants:,} a round, {CLASSES * (features + 1):,} parameters"
     make_files(folder, clients, features)
     times = alone(compare, folder, clients, participants, features, seconds)
+    return {side: np.asarray(each).tolist() for side, each in times.items()}
+
+
+def compare_rows(case, times):
+    clients, participants, features = case
+    what = f"{clients:,} clients, {participants:,} a round, {CLASSES * (features + 1):,} parameters"
+    times = {side: np.array(each) for side, each in times.items()}
     return time_rows(what, times), [ratio_row(what, times, "on the device", "staged", **at_least(TARGET))]
 
 
 def plot(found, tables, path):
-    figure, (axes, memories) = panels(2, 3)
+    figure, (axes, memories) = panels(2, len(tables))
     for column, (title, cases, place) in enumerate(tables):
         values = [CLASSES * (case[2] + 1) if title == "parameters" else case[place] for case in cases]
         for each, index, scale in ((axes[column], 0, 1e3), (memories[column], 1, 1e-6)):
@@ -164,32 +217,37 @@ def main():
         seconds=(20.0, "about how long to time both sides of the last table"),
         folder=(Path(tempfile.gettempdir()), "where data and banks are made, and removed again: some 3 GB"),
     )
-    by_clients = [(clients, min(clients, 100), 100) for clients in CLIENTS if clients <= args.most]
+    by_clients = [(clients, min(clients, 100), 100, 0) for clients in CLIENTS if clients <= args.most]
     most = by_clients[-1][0]
+    both, many = min(most, 20_000), min(most, 1_000)
     tables = [
         ("clients", by_clients, 0),
-        ("participants", [(most, size, 100) for size in PARTICIPANTS if size <= most], 1),
-        ("parameters", [(min(most, 10_000), min(most, 1_000), features) for features in FEATURES], 2),
+        ("participants", [(most, size, 100, 0) for size in PARTICIPANTS if size <= most], 1),
+        ("parameters", [(min(most, 10_000), many, features, 0) for features in FEATURES], 2),
+        ("devices", [(both, many, 100, devices) for devices in DEVICES], 3),
     ]
-    both = min(most, 20_000)
     Path(args.folder).mkdir(parents=True, exist_ok=True)
+    kept = Kept(Path(args.folder) / "clients-measured.json")
     folder, found = Path(tempfile.mkdtemp(dir=args.folder)), {}
+
+    def grown(case):
+        key = *case, args.rounds
+        found[case] = kept.get(measured, *key)
+        return ([row_of(case, *found[case])],)
+
+    def measured(*key):
+        return measure_alone(key[:-1], folder, key[-1])
+
+    def compared(*key):
+        return compare_alone(key[:-1], folder, key[-1])
+
     try:
-        sections = [
-            section(
-                f"As {title} grow" if column < 2 else "As the model grows",
-                lambda case: measure_case(case, folder, args.rounds, found),
-                cases,
-                HEADER,
-            )
-            for column, (title, cases, _) in enumerate(tables)
-        ]
-        sides = [(both, min(both, 1_000), features) for features in (100, 784)]
+        sections = [section(f"As {title} grow", grown, cases, HEADER) for title, cases, _ in tables]
         sections.append(
             section(
                 "Beside everything on the device",
-                lambda case: compare_case(case, folder, args.seconds),
-                sides,
+                lambda case: compare_rows(case, kept.get(compared, *case, args.seconds)),
+                [(both, many, features) for features in (100, 784)],
                 ("rounds", *TIMES[1:]),
                 ("rounds", *RATIOS[1:]),
             )
@@ -202,12 +260,14 @@ def main():
     intro = [
         f"SCAFFOLD, clients of {EXAMPLES} examples of bytes in files, one epoch of one batch, pieces of {EVERY}",
         f"rounds; {args.rounds} timed rounds a case. Memory is what rises from before the first round to the end,",
-        "compilation included. In the last table, 50 rounds of each side at a time, in turn: staging wants a core of",
-        "its own, which a busy machine does not have.",
+        "compilation included. Several devices are those that the cores of the machine play, over a mesh: it does not",
+        "get faster, and each has its part of the rows. In the last table, 50 rounds of each side at a time, in turn:",
+        "staging wants a core of its own, which a busy machine does not have.",
         "",
-        "![cost as clients, participants and parameters grow](clients.png)",
+        "![cost as clients, participants, parameters and devices grow](clients.png)",
     ]
     write(results / "clients.md", "Clients past memory", intro, *sections)
+    kept.path.unlink()
 
 
 if __name__ == "__main__":

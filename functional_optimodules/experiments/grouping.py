@@ -18,8 +18,9 @@ from functional_optimodules.config.fields import FrozenConfig
 from functional_optimodules.experiments.config import Experiment
 from functional_optimodules.experiments.problem import Arrays, Code, Problem, code_and_arrays, make_problem
 from functional_optimodules.experiments.simulation import Program, Simulation, federation_of, mesh_of
+from functional_optimodules.experiments.staged import StagedSimulation
 from functional_optimodules.experiments.sweep import Trial, set_at
-from functional_optimodules.federated import FederatedData
+from functional_optimodules.federated import FederatedData, StagedData
 from functional_optimodules.types import Json
 
 Made = tuple[Trial, Problem, Code, Arrays]
@@ -63,6 +64,22 @@ def simulations(trials: Sequence[Trial], folder: Path) -> list[Simulation]:
     return [each for alike in _grouped(made, numbers) for each in _together(alike, numbers)]
 
 
+def split(simulation: Simulation, rounds: Sequence[int]) -> list[Simulation]:
+    """Put the runs of a program that have come to different rounds into programs of their own.
+
+    Args:
+      simulation: the runs, as one program.
+      rounds: how many rounds each has behind it.
+    """
+    parts: dict[int, list[Made]] = {}
+    for index, (trial, done) in enumerate(zip(simulation.trials, rounds, strict=True)):
+        arrays = simulation.arrays if simulation.shared else simulation.one(simulation.arrays, index)
+        parts.setdefault(done, []).append((trial, simulation.problem, simulation.program.code, arrays))
+    if len(parts) == 1:
+        return [simulation]
+    return [each for alike in parts.values() for each in _together(alike, simulation.program.traced)]
+
+
 def _may_be_traced(trials: Sequence[Trial], path: str) -> bool:
     values = [trial.values[path] for trial in trials]
     return not path.startswith(_NEVER_TRACED) and all(type(value) in (int, float) for value in values)
@@ -74,6 +91,9 @@ def _grouped(made: Sequence[Made], traced: Sequence[str]) -> list[list[Made]]:
     for each in made:
         trial, _, code, arrays = each
         batch, data = trial.experiment.rounds.batch_size, arrays.data
+        if isinstance(data, StagedData):
+            groups[id(each)] = [each]
+            continue
         if batch is not None and batch <= data.largest:  # no shape is that of the largest client
             data = _bounded(data, 0, 0)
         shapes = str(jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), arrays._replace(data=data)))
@@ -132,4 +152,5 @@ def _simulation(alike: Sequence[Made], varying: Sequence[str]) -> Simulation:
         bounds = min(each[3].data.smallest for each in alike), max(each[3].data.largest for each in alike)
         each_own = [each[3]._replace(data=_bounded(each[3].data, *bounds)) for each in alike]
         arrays = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each_own)
-    return Simulation(trials, problem, program, values, arrays, shared)
+    kind = StagedSimulation if isinstance(arrays.data, StagedData) else Simulation
+    return kind(trials, problem, program, values, arrays, shared)

@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from functional_optimodules.config.fields import nearest
-from functional_optimodules.federated import FederatedData, Federation
+from functional_optimodules.federated import FederatedData, Federation, StagedData
 from functional_optimodules.federated.loss import LossFn
 from functional_optimodules.federated.models import ModelLoss
 from functional_optimodules.optimizer import Optimizer
@@ -40,7 +41,8 @@ class Problem(NamedTuple):
         is a model. One that is a function of its module, rather than made anew by each
         call of the factory, is compiled once for all seeds.
       data: the clients' examples: `FederatedData`, or for each client a pytree of arrays
-        with its examples in front.
+        with its examples in front; or `StagedData`, of which no more than those who take
+        part in `save_every` rounds are on the device.
       test: examples that no client has, a pytree of arrays with these in front; `None`
         for none.
       evaluate: `(params) -> metrics`, or `(params, test) -> metrics` where there are such
@@ -53,7 +55,7 @@ class Problem(NamedTuple):
 
     params: Any
     loss: Callable[..., PyTree]
-    data: FederatedData | Sequence[PyTree]
+    data: FederatedData | StagedData | Sequence[PyTree]
     test: PyTree = None
     evaluate: Callable[..., Mapping[str, jax.Array]] | None = None
     module: Any = None
@@ -66,13 +68,13 @@ class Arrays(NamedTuple):
     Attributes:
       params: what is trained.
       stats: the other state of the model; `None` without.
-      data: the clients' examples.
+      data: the clients' examples, `FederatedData` or `StagedData`.
       test: those that no client has.
     """
 
     params: Params
     stats: PyTree
-    data: FederatedData
+    data: Any
     test: PyTree
 
 
@@ -127,7 +129,17 @@ BUILT_IN = {name: f"functional_optimodules.experiments.builtin:{name}" for name 
 """The factories that have a name of their own."""
 
 
-def _find(name: str, folder: Path) -> Callable[..., Problem]:
+def import_factory(name: str, folder: Path) -> tuple[ModuleType, str]:
+    """Import the module that a factory is in, which may declare plug-ins: return it, and the function's name.
+
+    Args:
+      name: `"module:function"`, or one of `BUILT_IN`.
+      folder: where the module is looked for first.
+
+    Raises:
+      KeyError: if there is no such module.
+      ValueError: if the name is malformed, or the module raises: with where in its code.
+    """
     module, colon, function = BUILT_IN.get(name, name).partition(":")
     if not (module and colon and function):
         raise ValueError(
@@ -137,9 +149,13 @@ def _find(name: str, folder: Path) -> Callable[..., Problem]:
     try:
         if importlib.util.find_spec(module.partition(".")[0]) is None:
             raise KeyError(f"[problem]: factory={name!r}: there is no module {module!r}, in {folder} or installed")
-        found = _calling(f"the import of {module}", importlib.import_module, module)
+        return _calling(f"the import of {module}", importlib.import_module, module), function
     finally:
         sys.path.remove(str(folder.resolve()))
+
+
+def _find(name: str, folder: Path) -> Callable[..., Problem]:
+    found, function = import_factory(name, folder)
     factory = getattr(found, function, None)
     if not callable(factory):
         there = [key for key, value in vars(found).items() if inspect.isfunction(value)]
@@ -170,10 +186,10 @@ def _check(problem: Any, returned: str) -> None:
         value = getattr(problem, field)
         if not callable(value) and not (optional and value is None):
             raise TypeError(f"{returned} {field}={value!r}: expected a function")
-    if not isinstance(problem.data, FederatedData | Sequence):
+    if isinstance(problem.data, str) or not isinstance(problem.data, FederatedData | StagedData | Sequence):
         raise TypeError(
             f"{returned} data of type {type(problem.data).__name__}: expected FederatedData, or a "
-            "list of clients' examples"
+            "list of clients' examples, or StagedData"
         )
     if problem.params is None:
         raise TypeError(f"{returned} params=None: expected arrays, or a Flax model")
@@ -187,7 +203,8 @@ def code_and_arrays(problem: Problem, mesh: Mesh | None) -> tuple[Code, Arrays]:
     """Return a problem's functions and its arrays, as a federation takes them; over a mesh, if there is one.
 
     Raises:
-      TypeError: for a module that is none of Flax's.
+      TypeError: for a module that is none of Flax's, or what is no array among the parameters,
+        the model's state and the test examples.
       ValueError: if the clients' examples do not go together.
     """
     made: Callable[..., Federation] = functools.partial(Federation, problem.loss)
@@ -199,7 +216,19 @@ def code_and_arrays(problem: Problem, mesh: Mesh | None) -> tuple[Code, Arrays]:
     params, stats = problem.params, problem.stats
     if isinstance(federation.loss_fn, ModelLoss):
         params, stats = federation.loss_fn.taken_apart(params)
-    data = problem.data if isinstance(problem.data, FederatedData) else FederatedData.from_clients(problem.data, mesh)
-    params, stats, test = jax.tree.map(jnp.asarray, (params, stats, problem.test))
+    data = problem.data
+    if not isinstance(data, FederatedData | StagedData):
+        data = FederatedData.from_clients(data, mesh)
+    params, stats, test = (
+        jax.tree_util.tree_map_with_path(functools.partial(_array, name), tree)
+        for name, tree in (("params", params), ("stats", stats), ("test", problem.test))
+    )
     arrays = Arrays(params, stats, data, test)
     return Code(federation.loss_fn, federation.eval_fn, problem.evaluate), arrays
+
+
+def _array(field: str, path: Any, leaf: Any) -> jax.Array:
+    try:
+        return jnp.asarray(leaf)
+    except TypeError as error:
+        raise TypeError(f"[problem]: {field}{jax.tree_util.keystr(path)} is no array: {error}") from None

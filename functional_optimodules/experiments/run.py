@@ -5,14 +5,13 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from functional_optimodules.config.fields import differences
 from functional_optimodules.experiments import saved
 from functional_optimodules.experiments.config import Experiment
 from functional_optimodules.experiments.extras import missing
-from functional_optimodules.experiments.grouping import simulations
+from functional_optimodules.experiments.grouping import simulations, split
 from functional_optimodules.experiments.saved import Row, Run
 from functional_optimodules.experiments.simulation import Simulation
 from functional_optimodules.experiments.summary import draw, summarize, table
@@ -42,7 +41,7 @@ def read_experiment(path: Path, overrides: Sequence[str] = ()) -> tuple[Experime
             raise ValueError(f"--override {text}: {name!r} is swept over")
         try:
             told[name] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:  # a word needs no quotes
+        except (ValueError, RecursionError):  # a word needs no quotes
             told[name] = value
         config = set_at(experiment.get_config(), name, told[name], "--override: the file")
         try:
@@ -79,15 +78,15 @@ def run_experiment(
       FloatingPointError: if a client sent values that are not finite, and there is one run.
       ModuleNotFoundError: if the data are scikit-learn's, and it is not there.
       OSError: if the disk is full, or otherwise refuses: it says what was saved before.
-      ValueError: if the folder holds another experiment's state.
+      ValueError: if the folder holds another experiment's state, more rounds than are asked
+        for, or runs that stand at different rounds where another value is to come in.
     """
     experiment, told = read_experiment(path, overrides)
     each = trials(experiment)
-    groups = simulations(each, path.parent)
-    for simulation in groups:
-        simulation.shapes()  # what the problem's functions do not take is said before anything is written
+    groups = _traced(each, path.parent)
     with saved.locked(output):
-        runs = _resumed(output, experiment, told, each, say)
+        runs = _begun(output, experiment, told, each, say)
+        groups = [part for simulation in groups for part in _apart(simulation, runs)]
         with saved.telling_what_stays(output, _done(runs)):
             history = saved.History(output, saved.rows_of(runs))
         with _bar(groups, runs, experiment.rounds.count, progress) as shown:
@@ -97,37 +96,69 @@ def run_experiment(
     return saved.rows_of(runs)
 
 
-def _resumed(
+def _traced(each: Sequence[Trial], folder: Path) -> list[Simulation]:
+    """Return the programs of a file; what the problem's functions do not take is said before anything is written."""
+    groups = simulations(each, folder)
+    for simulation in groups:
+        simulation.shapes()
+    return groups
+
+
+def _begun(
     output: Path,
     experiment: Experiment,
     told: Mapping[str, Json],
     each: Sequence[Trial],
     say: Callable[[str], None],
 ) -> list[Run]:
-    """Return what is saved of each run, of which nothing may be."""
+    """Return what is saved of each run; a folder where no round is becomes this experiment's, if it can be written."""
     config, count = experiment.get_config(), experiment.rounds.count
     fresh: list[Run] = [{"values": trial.values, "rows": [], "clients": [], "state": None} for trial in each]
-    if not (output / "state.json").exists():
-        if any(output.iterdir()):
-            raise FileExistsError(f"{output} is not empty, and holds no experiment to resume: choose another folder")
+    if (output / "state.json").exists():
+        before, runs = saved.read(output)
+    elif saved.is_new(output):
+        before, runs = config, []
+    else:
+        raise FileExistsError(f"{output} is not empty, and holds no experiment to resume: choose another folder")
+    if not any(run["rows"] for run in runs):
+        with saved.telling_what_stays(output, 0):
+            saved.write(output, config, fresh)
         return fresh
-    before, runs = saved.read(output)
     changes = saved.require_same(before, config, told)
-    done = _done(runs)
-    if done >= count and (output / "summary.csv").exists():
+    least, most = _done(runs), max(len(run["rows"]) for run in runs)
+    if least >= count and (output / "summary.csv").exists():
         raise FileExistsError(f"{output} holds the finished run of this experiment: choose another folder")
-    say(f"Resuming after {done} of {count} rounds, from {output / 'state.json'}.")
+    if most > count:
+        raise ValueError(f"{output} holds {most} rounds of this experiment, and rounds.count={count} here: give more")
+    stand = f"{least}" if least == most else f"{least} to {most}"
+    changed = [key.removeprefix("rounds.") for key, _, _ in differences(before, config) if key not in saved.FREE]
+    if changed and least < most:
+        raise ValueError(
+            f"the runs in {output} stand after {stand} rounds, and --override would change each at another one: bring "
+            f"them to the same first, with --override rounds.count={most} alone"
+        )
+    say(f"Resuming after {stand} of {count} rounds, from {output / 'state.json'}.")
     for change in changes:
         say(f"{change} from now on.")
     (output / "summary.csv").unlink(missing_ok=True)  # it is written last, and says that all is
-    for run, new in zip(runs, fresh, strict=True):
-        keys = (key for key, _, _ in differences(before, config))
-        run |= {"values": new["values"], "changed": [key.removeprefix("rounds.") for key in keys]}
-    return runs
+    return [
+        {**run, "values": new["values"], "changed": [*run.get("changed", ()), *changed]}
+        for run, new in zip(runs, fresh, strict=True)
+    ]
 
 
 def _done(runs: Sequence[Run]) -> int:
     return min(len(run["rows"]) for run in runs)
+
+
+def _apart(simulation: Simulation, runs: Sequence[Run]) -> list[Simulation]:
+    """Put runs that were cut off after different rounds into programs of their own."""
+    return split(simulation, [len(run["rows"]) for run in _of(simulation, runs)])
+
+
+def _of(simulation: Simulation, runs: Sequence[Run]) -> list[Run]:
+    """Return what is saved of the runs of a program."""
+    return [next(run for run in runs if run["values"] == trial.values) for trial in simulation.trials]
 
 
 def _run(
@@ -140,20 +171,16 @@ def _run(
     say: Callable[[str], None],
 ) -> None:
     """Run what is left of the runs of one program, and save it piece by piece."""
-    mine = [next(run for run in runs if run["values"] == trial.values) for trial in simulation.trials]
-    rounds, traffic = experiment.rounds, traffic_of(simulation)
-    done, *others = {len(run["rows"]) for run in mine}
-    if others:
-        raise ValueError(
-            f"runs that are one program now were cut off after {sorted([done, *others])} rounds: go on first as they "
-            "began, without --override"
-        )
-    if done >= rounds.count:
+    mine, rounds, simulation = _of(simulation, runs), experiment.rounds, simulation._replace(folder=output)
+    done = len(mine[0]["rows"])
+    if done == rounds.count:
         return
+    traffic = traffic_of(simulation)
     if mine[0]["state"] is None:
         state = simulation.init()
     else:
-        state = simulation.decode([run["state"] for run in mine], mine[0].pop("changed", ()))
+        changed = [field for run in mine for field in run.get("changed", ())]
+        state = simulation.decode([run["state"] for run in mine], changed)
     while done < rounds.count:
         count = min(rounds.save_every, rounds.count - done)
         state, pieces = simulation.advance(state, count)
@@ -168,7 +195,7 @@ def _run(
         done += count
         clients = simulation.by_client(state) if done == rounds.count else [{} for _ in mine]
         for run, payload, found in zip(mine, simulation.encode(state), clients, strict=True):
-            run |= {"state": payload, "clients": _client_rows(found)}
+            run |= {"state": payload, "clients": _client_rows(found), "changed": []}
         with saved.telling_what_stays(output, done - count):
             saved.write(output, experiment.get_config(), runs)
         lines = [{**run["values"], **row} for run, rows in zip(mine, new, strict=True) for row in rows]
@@ -179,7 +206,7 @@ def _run(
 
 def traffic_of(simulation: Simulation) -> Traffic:
     """Return the bytes of a round of any of the runs of a program."""
-    return Traffic.of(simulation.federation, jax.eval_shape(lambda: simulation.one(simulation.init())))
+    return Traffic.of(simulation.federation, simulation.state_shapes())
 
 
 def _rows(piece: History, traffic: Traffic, uplink: Sequence[str]) -> list[Row]:
@@ -256,11 +283,10 @@ def dry_run(path: Path, overrides: Sequence[str] = (), say: Callable[[str], None
       As `run_experiment` does, but for what only the numbers tell.
     """
     experiment, _ = read_experiment(path, overrides)
-    groups = simulations(trials(experiment), path.parent)
+    groups = _traced(trials(experiment), path.parent)
     count = sum(len(simulation.trials) for simulation in groups)
     say(f"{_many(count, 'run')} of {_many(experiment.rounds.count, 'round')}, in {_many(len(groups), 'program')}")
     for number, simulation in enumerate(groups):
-        simulation.shapes()
         one, traffic = simulation.experiment, traffic_of(simulation)
         rounds, clients = one.rounds, simulation.data.num_clients
         chosen = rounds.participants or clients

@@ -10,6 +10,7 @@ that others need no other one.
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from functional_optimodules.experiments.config import Experiment
 from functional_optimodules.experiments.drift import Drift, norm
 from functional_optimodules.experiments.problem import Arrays, Code, Problem
 from functional_optimodules.experiments.sweep import Trial, set_at
-from functional_optimodules.federated import FederatedData, Federation, FederationState, clients_mesh
+from functional_optimodules.federated import Federation, FederationState, clients_mesh
 from functional_optimodules.federated.driver import repeated
 from functional_optimodules.federated.loss import Metrics, averaged
 from functional_optimodules.federated.models import ModelLoss
@@ -120,9 +121,10 @@ def _mapped(program: Program, method: str, axes: Any, *args: PyTree) -> PyTree:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def _advanced(
+def advanced(
     program: Program, method: str, axes: Any, values: PyTree, arrays: Arrays, state: FederationState, count: jax.Array
 ) -> tuple[FederationState, Metrics]:
+    """Run rounds of one run or, mapped over these axes, of several; the state is donated."""
     return _call(program, method, axes, values, arrays, state, count)
 
 
@@ -141,6 +143,7 @@ class Simulation(NamedTuple):
       values: the traced values of each field, with a leading axis of runs.
       arrays: the arrays of the problem; with such an axis where the runs differ in them.
       shared: whether they do not.
+      folder: the experiment's, for what does not fit in its state; `None` for none.
     """
 
     trials: Sequence[Trial]
@@ -149,6 +152,7 @@ class Simulation(NamedTuple):
     values: dict[str, jax.Array]
     arrays: Arrays
     shared: bool
+    folder: Path | None = None
 
     @property
     def experiment(self) -> Experiment:
@@ -161,7 +165,7 @@ class Simulation(NamedTuple):
         return federation_of(self.experiment, self.program.code)
 
     @property
-    def data(self) -> FederatedData:
+    def data(self) -> Any:
         """The clients' examples of the first run."""
         return self.arrays.data if self.shared else self.one(self.arrays.data)
 
@@ -185,7 +189,7 @@ class Simulation(NamedTuple):
         """Run rounds, at most `save_every`: return the state, whose old one is used up, and each run's metrics."""
         args = self.values, self.arrays, state, np.int32(count)
         axes = None if len(self.trials) == 1 else (0, self._axis, 0, None)
-        state, metrics = _advanced(self.program, "advance", axes, *args)
+        state, metrics = advanced(self.program, "advance", axes, *args)
         found = jax.tree.map(np.asarray, metrics)
         return state, [{k: v[:count] for k, v in self.one(found, i).items()} for i in range(len(self.trials))]
 
@@ -208,11 +212,15 @@ class Simulation(NamedTuple):
             states.append(federation.decode(payload, self.one(like, index), changed=tuple(changed)))
         return self.stack(states)
 
+    def state_shapes(self) -> FederationState:
+        """Return the shapes of one run's state."""
+        return jax.eval_shape(lambda: self.one(self.init()))
+
     def shapes(self) -> tuple[FederationState, Metrics]:
         """Return the shapes of a state and of `save_every` rounds' metrics, from tracing the program alone."""
         axes = None if len(self.trials) == 1 else (0, self._axis, 0, None)
         args = self.values, self.arrays, jax.eval_shape(self.init), np.int32(1)
-        return _advanced.eval_shape(self.program, "advance", axes, *args)
+        return advanced.eval_shape(self.program, "advance", axes, *args)
 
     @property
     def _axis(self) -> int | None:

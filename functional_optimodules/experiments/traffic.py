@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from functional_optimodules.experiments.config import Experiment
-from functional_optimodules.federated import FederatedData, Federation, FederationState
+from functional_optimodules.federated import FederatedData, Federation, FederationState, StagedData
 from functional_optimodules.federated.state import own_sides
 from functional_optimodules.random.keys import shapes_only
 from functional_optimodules.types import PyTree
@@ -59,7 +59,7 @@ def _bytes(tree: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def local_steps(experiment: Experiment, data: FederatedData) -> tuple[float, float]:
+def local_steps(experiment: Experiment, data: FederatedData | StagedData) -> tuple[float, float]:
     """Return the fewest and the most local steps that a participant takes in a round; with a coin, the mean."""
     rounds = experiment.rounds
     if rounds.coin is not None:

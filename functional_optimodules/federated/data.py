@@ -7,11 +7,13 @@ clients each to within one, and never move.
 
 import dataclasses
 import functools
+import heapq
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -72,6 +74,10 @@ class FederatedData:
         if not by_shard or self.num_shards == 1:
             return sampling.draw(key, self.num_clients, size)
         return sampling.draw_by_shard(key, self.slots, self.per_shard, self.num_shards, size)
+
+    def by_client(self, values: jax.Array) -> jax.Array:
+        """Put values of a device's slots in the order of clients, with zeros for those of other devices."""
+        return jnp.zeros(self.num_clients).at[self.ids].set(values, mode="drop")
 
     def partition_specs(self) -> Self:
         """Say of each array whether it is split over a mesh or whole on every device, as `shard_map` asks."""
@@ -189,13 +195,15 @@ def balance(sizes: ArrayLike, num_shards: int) -> list[Integers]:
     """
     sizes = np.asarray(sizes)
     least, longer = divmod(len(sizes), num_shards)
-    loads = np.zeros(num_shards)
+    loads = [(0, shard) for shard in range(num_shards)]
     members: list[list[int]] = [[] for _ in range(num_shards)]
-    for client in np.argsort(-sizes, kind="stable"):
-        free = [s for s in range(num_shards) if len(members[s]) < least + (longer > 0)]
-        shard = min(free, key=lambda s: loads[s])
-        members[shard].append(int(client))
-        loads[shard] += sizes[client]
+    for client in np.argsort(-sizes, kind="stable").tolist():
+        load, shard = loads[0]
+        while len(members[shard]) >= least + (longer > 0):  # full, and it stays so
+            heapq.heappop(loads)
+            load, shard = loads[0]
+        members[shard].append(client)
+        heapq.heapreplace(loads, (load + int(sizes[client]), shard))
         longer -= len(members[shard]) > least
     return [np.sort(np.array(block, np.int64)) for block in members]
 

@@ -124,7 +124,7 @@ def _evaluate(
             return jax.lax.fori_loop(0, batches.steps, step, start).value()
 
         by_slot = jax.lax.map(assess, jnp.arange(data.ids.shape[0]), batch_size=chunk)
-        found = jax.tree.map(lambda each: jnp.zeros(data.num_clients).at[data.ids].set(each, mode="drop"), by_slot)
+        found = jax.tree.map(data.by_client, by_slot)
         return found if mesh is None else jax.lax.psum(found, AXIS)
 
     if mesh is None:

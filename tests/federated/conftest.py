@@ -11,10 +11,10 @@ PEER = Path(__file__).parent / "peer.py"
 
 
 class Peers:
-    """Processes of `peer.py`, each with its own JAX."""
+    """Processes of `peer.py`, or of a script like it, each with its own JAX."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, script: Path = PEER) -> None:
+        self.folder, self.script = folder, script
         self.running: list[subprocess.Popen[str]] = []
 
     def start(self, job: str, count: int = 1, devices: int = 4) -> list[subprocess.Popen[str]]:
@@ -26,7 +26,7 @@ class Peers:
         started = []
         for index in range(count):
             joint = [address, str(count), str(index)] if count > 1 else []
-            command = [sys.executable, str(PEER), job, str(self.folder / "out.npz"), *joint]
+            command = [sys.executable, str(self.script), job, str(self.folder / "out.npz"), *joint]
             pipe: Any = subprocess.PIPE
             started.append(subprocess.Popen(command, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True))
         self.running += started

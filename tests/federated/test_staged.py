@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import functional_optimodules as fo
-from functional_optimodules.federated import FederatedData, Federation, StagedData, StagedFederation, clients_mesh
+from functional_optimodules.federated import FederatedData, Federation, StagedData, StagedFederation
 
 from . import problem
 
@@ -321,8 +321,6 @@ def test_a_file_in_the_place_of_the_folder_is_refused(staged_data: StagedData, t
 
 
 def test_what_it_cannot_run_is_refused(data: FederatedData, staged_data: StagedData) -> None:
-    with pytest.raises(ValueError, match="staged for one device"):
-        StagedFederation(problem.federation(mapping=clients_mesh()))
     staged = StagedFederation(problem.federation())
     with pytest.raises(TypeError, match="data should be StagedData, not FederatedData"):
         staged.init(problem.params(), data)  # type: ignore[arg-type]
@@ -346,6 +344,57 @@ def test_a_state_that_is_not_the_last_one_is_refused(staged_data: StagedData) ->
     fit(staged, old, staged_data, 2)
     with pytest.raises(ValueError, match="a state after 0 rounds, and its bank is after 2"):
         fit(staged, copy, staged_data)
+
+
+@pytest.mark.parametrize(
+    ("federation", "options"),
+    [
+        (problem.federation(), {}),
+        (problem.noisy_federation(), {"batch_size": 2, "key": jax.random.key(5)}),
+        (simple(local=["b"]), {}),
+        (problem.federation(), {"steps": 2}),
+    ],
+    ids=["scaffold", "keys", "local", "steps"],
+)
+@pytest.mark.parametrize("at_once", [3, 100])
+def test_evaluation_is_that_of_the_same_clients_on_the_device(
+    federation: Federation, options: Any, at_once: int, data: FederatedData, staged_data: StagedData
+) -> None:
+    staged = StagedFederation(federation)
+    state, _ = fit(staged, init(staged, staged_data), staged_data)
+    other, _ = run(federation, data)
+    same(staged.evaluate(state, staged_data, at_once=at_once, **options), federation.evaluate(other, data, **options))
+    alike = {name: value for name, value in options.items() if name != "steps"}
+    same(
+        staged.evaluate(state.federation.params, staged_data, at_once=at_once, **alike),
+        federation.evaluate(other.params, data, **alike),
+    )
+
+
+def test_evaluation_may_follow_local_steps_on_other_data(data: FederatedData, staged_data: StagedData) -> None:
+    clients = [jax.tree.map(lambda leaf: leaf[:1], client) for client in problem.clients()]
+    first = FederatedData.from_clients(clients)
+    staged_first = StagedData(jax.tree.map(lambda *parts: np.concatenate(parts), *clients), [1] * len(clients))
+    staged = StagedFederation(problem.federation())
+    state, _ = fit(staged, init(staged, staged_data), staged_data)
+    other, _ = run(staged.federation, data)
+    found = staged.evaluate(state, staged_first, steps=3, train=staged_data, at_once=2)
+    same(found, staged.federation.evaluate(other, first, steps=3, train=data))
+
+
+def test_what_cannot_be_evaluated_is_refused(data: FederatedData, staged_data: StagedData) -> None:
+    staged = StagedFederation(problem.federation())
+    state = init(staged, staged_data)
+    with pytest.raises(TypeError, match="data should be StagedData, not FederatedData"):
+        staged.evaluate(state, data)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="data should be StagedData, not FederatedData"):
+        staged.evaluate(state, staged_data, steps=1, train=data)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="data of 1 clients, and a state made for 7"):
+        staged.evaluate(state, StagedData(ARRAYS, [45]))
+    with pytest.raises(ValueError, match="at_once=0 should be an integer of at least 1"):
+        staged.evaluate(state, staged_data, at_once=0)
+    with pytest.raises(ValueError, match="after local steps, pass the federation's state"):
+        staged.evaluate(state.federation.params, staged_data, steps=1)
 
 
 class TestFolder:

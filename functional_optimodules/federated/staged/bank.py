@@ -27,9 +27,12 @@ class Bank:
       folder: where it is; `None` for one that goes as the process does.
       round: the number of rounds after which its rows are.
       writing: what is being written, if anything.
+      draft: the state that the rows are of, written, while it does not count.
     """
 
-    def __init__(self, kept: Sequence[HostArray], num_clients: int, folder: Path | None, number: int) -> None:
+    def __init__(
+        self, kept: Sequence[HostArray], num_clients: int, folder: Path | None, number: int, whose: str = ""
+    ) -> None:
         """Open the bank as it was after some number of rounds.
 
         Args:
@@ -37,19 +40,21 @@ class Bank:
           num_clients: N.
           folder: its folder; `None` for none.
           number: how many rounds; what was written after a later one does not count.
+          whose: what the names of its files end in, of a process that has its own.
 
         Raises:
           ValueError: if a file of the folder is of another size.
         """
         self.kept, self.folder, self.round = kept, folder, number
         self.writing: Future[None] | None = None
+        self.draft: Path | None = None
         self.width = sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in kept)
         self.copies = 1 if folder is None else 2
         shape = num_clients, self.copies
         if folder is None or not self.width:
             self.stamps: NDArray[np.int32] = np.zeros(shape, np.int32)
         else:
-            path = _room(folder / "stamps", 4 * math.prod(shape), new=not number, full=True)
+            path = _room(folder / f"stamps{whose}", 4 * math.prod(shape), new=not number, full=True)
             self.stamps = np.memmap(path, np.int32, "r+", shape=shape)
             self.stamps[self.stamps > number] = 0
         size = self.width * math.prod(shape)
@@ -58,8 +63,14 @@ class Bank:
                 file.truncate(size)
                 self.file = os.dup(file.fileno())
         else:
-            self.file = os.open(_room(folder / "rows", size, new=not number), os.O_RDWR)
+            self.file = os.open(_room(folder / f"rows{whose}", size, new=not number), os.O_RDWR)
         weakref.finalize(self, os.close, self.file)
+
+    def count(self) -> None:
+        """Let what was written count: its state takes the place of the last one."""
+        if self.draft is not None:
+            os.replace(self.draft, self.draft.with_suffix(".json"))
+            self.draft = None
 
     def settle(self) -> None:
         """Wait until all is written."""

@@ -3,6 +3,7 @@
 import math
 import os
 import weakref
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from functional_optimodules.federated.data import Integers
+from functional_optimodules.federated.data import Integers, balance
 from functional_optimodules.federated.staged.files import as_bytes, load, memory, transfer
 from functional_optimodules.types import HostArray, PyTree
 from functional_optimodules.wire.paths import keystr
@@ -23,6 +24,8 @@ class StagedData:
       examples: pytree of arrays and of files, of M rows each.
       sizes: int64[N], how many rows each client has.
       offsets: int64[N], where they begin.
+      smallest: the number of examples of the smallest client.
+      largest: the number of examples of the largest client.
     """
 
     def __init__(self, examples: PyTree, sizes: ArrayLike | str | Path) -> None:
@@ -49,6 +52,8 @@ class StagedData:
             raise ValueError(f"StagedData: client {empty[0]} has no examples: its size is {counts[empty[0]]}")
         self.sizes = counts.astype(np.int64)
         self.offsets = np.cumsum(self.sizes) - self.sizes
+        self.smallest, self.largest = int(self.sizes.min()), int(self.sizes.max())
+        self._dealt: dict[int, list[Integers]] = {}
         rows = int(self.sizes.sum())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.examples):
             if leaf.shape[:1] != (rows,):
@@ -62,9 +67,22 @@ class StagedData:
         """N, the number of clients."""
         return len(self.sizes)
 
-    def most_rows(self, clients: int) -> int:
-        """Return how many rows so many clients have together at most."""
-        return int(np.partition(self.sizes, -clients)[-clients:].sum())
+    def dealt(self, shards: int) -> list[Integers]:
+        """Return the clients of each of some shards, in rising order, as `FederatedData` deals them out."""
+        if shards not in self._dealt:
+            alone: Integers = np.arange(self.num_clients)
+            self._dealt[shards] = [alone] if shards == 1 else balance(self.sizes, shards)
+        return self._dealt[shards]
+
+    def most_rows(self, among: Integers, count: int) -> int:
+        """Return how many rows so many of some clients have together at most."""
+        count = min(count, len(among))
+        return int(np.partition(self.sizes[among], -count)[-count:].sum()) if count else 0
+
+    def digest(self) -> int:
+        """Return a number that tells how many rows each client has, and of which shapes and dtypes."""
+        about = jax.tree.map(lambda leaf: (leaf.dtype.name, leaf.shape), self.examples)
+        return zlib.crc32(self.sizes.tobytes(), zlib.crc32(repr(about).encode()))
 
     def read(self, clients: Integers, rows: int) -> tuple[PyTree, Integers]:
         """Read the examples of some clients.
