@@ -56,7 +56,7 @@ class Parts:
 
     def tell(self, accuracies):
         """Print how accurate the model was after each round, and the parts, as the last line of the output."""
-        told = {"accuracy": float(accuracies[-1]), "evaluations": len(accuracies), "parts": self.taken}
+        told = {"accuracy": float(np.asarray(accuracies)[-1]), "evaluations": len(accuracies), "parts": self.taken}
         print(json.dumps(told), flush=True)
 
 

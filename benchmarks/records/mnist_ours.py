@@ -46,7 +46,7 @@ def run(state, data, images, labels):
 
 federation = Federation(losses, Optimizer(RATE), batch_size=BATCH, weighting="examples")
 data = FederatedData.from_indices(dict(zip("xy", train, strict=True)), split)
-given = data, jnp.asarray(test[0].astype(np.float32) / 255), jnp.asarray(test[1])
+given = data, *jax.device_put((test[0].astype(np.float32) / 255, test[1]))
 start = {"w": np.zeros((INPUTS, CLASSES), np.float32), "b": np.zeros(CLASSES, np.float32)}
 state = jax.block_until_ready(federation.init(start, data))
 parts.end("clients and state")

@@ -43,7 +43,7 @@ from functional_optimodules import xla
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.config.plugin import Plugin
 from functional_optimodules.modules.clipping import shrink, squared_norm
-from functional_optimodules.numerics import zeros_wide
+from functional_optimodules.numerics import total, zeros_wide
 from functional_optimodules.order import sorted_by_network
 from functional_optimodules.types import Params, PyTree, State
 
@@ -164,11 +164,11 @@ class WeightedSum(NamedTuple):
     @classmethod
     def of(cls, delta: PyTree, weight: jax.Array) -> "WeightedSum":
         """Return the weighted sum over one participant."""
-        return cls(jax.tree.map(lambda d: weight.astype(d.real.dtype) * d, delta), weight)
+        return cls(jax.tree.map(lambda d: weight.astype(d.dtype) * d, delta), weight)
 
     def mean(self) -> Any:
         """Return the mean, 0 over nobody."""
-        return jax.tree.map(lambda d: d / jnp.maximum(self.weight, 1e-30).astype(d.real.dtype), self.delta)
+        return jax.tree.map(lambda d: d / jnp.maximum(self.weight, 1e-30).astype(d.dtype), self.delta)
 
 
 def _norm(tree: PyTree) -> jax.Array:
@@ -345,7 +345,7 @@ class GradientMaskedAggregator(SumAggregator[tuple[()]]):
     def combine(self, sums: SignedSum, state: tuple[()]) -> tuple[PyTree, tuple[()]]:
         agreement = jax.tree.map(jnp.abs, sums.total._replace(delta=sums.sign).mean())
         masked = jax.tree.map(
-            lambda d, a: d * jnp.where(a >= self.threshold, 1, a).astype(d.real.dtype), sums.total.mean(), agreement
+            lambda d, a: d * jnp.where(a >= self.threshold, 1, a).astype(d.dtype), sums.total.mean(), agreement
         )
         return masked, state
 
@@ -449,7 +449,7 @@ def _mean_of_central(deltas: PyTree, present: jax.Array, attackers: int | jax.Ar
 
     def mean(leaf: jax.Array) -> jax.Array:
         kept = jnp.where(jnp.expand_dims(chosen, range(1, leaf.ndim)), leaf[first], 0)
-        return jnp.sum(kept, axis=0) / count.astype(leaf.real.dtype)
+        return jnp.sum(kept, axis=0) / count.astype(leaf.dtype)
 
     return jax.tree.map(mean, deltas)
 
@@ -466,7 +466,7 @@ def _squared_distances(deltas: PyTree, present: jax.Array) -> jax.Array:
         return jnp.matmul(rows, rows.conj().T, precision=jax.lax.Precision.HIGHEST).real
 
     parts = jax.tree.leaves(jax.tree.map(products, deltas, _median(deltas, present)))
-    gram = sum(parts, jnp.zeros((len(present), len(present)), jnp.float32))
+    gram = total([jnp.zeros((len(present), len(present)), jnp.float32), *parts])
     norms = jnp.diagonal(gram)
     squares = norms[:, None] + norms - 2 * gram
     # Those to an attacker so far away that they overflow are infinite or NaN, and both are sorted last.

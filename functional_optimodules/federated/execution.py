@@ -24,6 +24,8 @@ from functional_optimodules.xla import behind_branch
 # Parameters, gradients, an optimizer's trees and what a step computes on the way: a guess, on the safe side.
 _COPIES_PER_CLIENT = 32
 _LARGEST_CHUNK = 256
+# On CPU, by `python -m benchmarks.rounds.chunks`: what so many clients have together stays in a core's caches.
+_CPU_CHUNK, _CPU_BYTES = 10, 2**21
 
 Rows = list[jax.Array]
 
@@ -59,22 +61,34 @@ def require_blocks(data: FederatedData, execution: Execution) -> None:
         raise ValueError(f"Federation: data in {data.num_shards} blocks, for {place}")
 
 
-def chunk_size(execution: Execution, participants: int, params: Params) -> int:
-    """Return how many participants are run at once on a device."""
+def chunk_size(execution: Execution, participants: int, params: Params, alike: bool = False) -> int:
+    """Return how many participants are run at once on a device.
+
+    Args:
+      execution: how they are mapped.
+      participants: how many there are.
+      params: the parameters of each.
+      alike: whether all take as many steps, so that none waits for others.
+    """
     if isinstance(execution, int):
         return min(execution, participants)
     if execution == "vmap":
         return participants
-    device = execution.local_devices[0] if isinstance(execution, Mesh) else jax.local_devices()[0]
-    # On CPU a client's own work fills the cores' caches; accelerators want many at once.
-    if execution == "scan" or device.platform == "cpu":
+    if execution == "scan":
         return 1
-    limit = _memory(device)
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    fits = max(1, int(limit // 2 // (_COPIES_PER_CLIENT * max(size, 1))))
-    # A power of two, so that processes whose devices differ by little compile the same program.
+    device = execution.local_devices[0] if isinstance(execution, Mesh) else jax.local_devices()[0]
+    size = max(1, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)))
     # More than its share would be idle places on each device.
-    return min(2 ** (fits.bit_length() - 1), _LARGEST_CHUNK, -(-participants // mesh_size(mesh_of(execution))))
+    share = -(-participants // mesh_size(mesh_of(execution)))
+    if device.platform == "cpu":
+        # XLA:CPU is slow at what convolutions with kernels of each client's own become; these have more than two axes.
+        plain = alike and all(leaf.ndim <= 2 for leaf in jax.tree.leaves(params))
+        most = max(1, min(_CPU_CHUNK, _CPU_BYTES // size)) if plain else 1
+        # In as many chunks, as even as they can be.
+        return -(-share // -(-share // most))
+    fits = max(1, int(_memory(device) // 2 // (_COPIES_PER_CLIENT * size)))
+    # A power of two, so that processes whose devices differ by little compile the same program.
+    return min(2 ** (fits.bit_length() - 1), _LARGEST_CHUNK, share)
 
 
 def _memory(device: jax.Device) -> int:
@@ -162,10 +176,23 @@ def _loop(work: One[Total], chunk: int, bank: Rows, slots: jax.Array, mine: jax.
             step * chunk < count,
             lambda rows: jax.vmap(run_active)(index, active, rows),
             lambda rows: (jax.vmap(lambda _: one.nothing())(index), rows),
-            [leaf[jnp.minimum(at, rows - 1)] for leaf in bank],
+            _rows_at(bank, jnp.minimum(at, rows - 1)),
         )
         bank = [leaf.at[at].set(value, mode="drop") for leaf, value in zip(bank, new, strict=True)]
         return jax.lax.scan(lambda t, each: (t.add(*each), None), totals, (here, index))[0], bank
 
     start = one.nothing((total,)), list(bank)
     return jax.lax.fori_loop(0, -(-count // chunk), run_one if chunk == 1 else run_chunk, start)
+
+
+def _rows_at(bank: Rows, at: jax.Array) -> Rows:
+    """Return some rows of a bank, along a leading axis."""
+
+    def gather(bank: Rows, at: jax.Array) -> Rows:
+        return [leaf[at] for leaf in bank]
+
+    def one_by_one(bank: Rows, at: jax.Array) -> Rows:
+        return jax.lax.map(lambda each: [jax.lax.dynamic_index_in_dim(leaf, each, keepdims=False) for leaf in bank], at)
+
+    # On a TPU a gather of long rows is made of gathers of parts of them, and each part of the bank copied first.
+    return jax.lax.platform_dependent(bank, at, tpu=one_by_one, default=gather)

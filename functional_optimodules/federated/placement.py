@@ -76,7 +76,9 @@ def replicate(tree: PyTree, mesh: Mesh | None, like: PyTree = None) -> PyTree:
     if place is None or jax.process_count() == 1:
 
         def put(leaf: jax.Array, other: jax.Array) -> jax.Array:
-            return jax.device_put(jax.numpy.array(leaf), sharding(mesh, spec_within(mesh, other)))
+            # Of what is not on a device yet, `jnp.array` would compile a program for each shape.
+            copied = jax.numpy.array(leaf) if isinstance(leaf, jax.Array) else np.array(leaf)
+            return jax.device_put(copied, sharding(mesh, spec_within(mesh, other)))
 
         return jax.tree.map(put, tree, tree if like is None else like)
     return jax.tree.map(lambda leaf: _from_first(leaf, place), tree)

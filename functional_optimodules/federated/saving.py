@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from functional_optimodules.config.fields import differences, require_keys, to_json
+from functional_optimodules.config.outside import quote, require_shallow
 from functional_optimodules.federated.placement import mesh_of, replicate
 from functional_optimodules.federated.sides import Sides
 from functional_optimodules.federated.state import FederationState, own_sides
@@ -68,6 +69,14 @@ def describe(federation: "Federation") -> dict[str, Json]:
     return {"loss_fn": loss, "client": config(federation.client), "server": config(federation.server), **fields}
 
 
+def require_alike(saved: Json, federation: "Federation", changed: Collection[str], what: str) -> None:
+    """Raise a `ValueError` that names the first field in which a federation differs from the one that was described."""
+    for field, was, mine in differences(saved, describe(federation)):
+        if field not in changed:
+            at = quote(field).strip("'")
+            raise ValueError(f"{what} is of another federation: {at} was {quote(was)}, and is {quote(mine)} here")
+
+
 def encode(federation: "Federation", state: FederationState) -> dict[str, Json]:
     """Write a state; see `Federation.encode`."""
     sides = own_sides(federation, state)
@@ -102,17 +111,16 @@ def decode(
     """Read a state; see `Federation.decode`."""
     if not isinstance(payload, Mapping):
         raise ValueError(f"Federation: a saved state is a mapping, not {type(payload).__name__}")
+    require_shallow(payload, _SAVED)
     sides = own_sides(federation, like)
     extras = _extras(sides, like)
     require_keys(payload, (*_KEYS, *extras), _SAVED)
-    for field, was, mine in differences(payload["federation"], describe(federation)):
-        if field not in changed:
-            raise ValueError(f"{_SAVED} is of another federation: {field} was {was!r}, and is {mine!r} here")
+    require_alike(payload["federation"], federation, changed, _SAVED)
     number, total = payload["round"], payload["num_clients"]
     if type(number) is not int or not 0 <= number < 2**31:
-        raise ValueError(f"{_SAVED}'s 'round' should be a count, not {number!r}")
+        raise ValueError(f"{_SAVED}'s 'round' should be a count, not {quote(number)}")
     if total != int(like.num_clients):
-        raise ValueError(f"Federation: num_clients={total!r} was saved, and is {like.num_clients} here")
+        raise ValueError(f"Federation: num_clients={quote(total)} was saved, and is {like.num_clients} here")
     specs = Specs.of(like.params)
     specs.require_same(specs_from_json(payload["params"], _SAVED), _SAVED)
 
@@ -193,5 +201,5 @@ def _host(leaf: jax.Array) -> NDArray[np.generic]:
 def _with_rows(old: jax.Array, slots: NDArray[np.integer], rows: jax.Array) -> jax.Array:
     """Return a leaf of the bank with other rows in some slots, on the same devices."""
     raw, host = words(old), _host(old)
-    host[slots] = np.asarray(words(rows))
+    host[slots] = np.asarray(words(rows)).reshape(len(slots), *raw.shape[1:])
     return from_words(jax.make_array_from_callback(raw.shape, raw.sharding, lambda index: host[index]), old)

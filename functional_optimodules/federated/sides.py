@@ -6,7 +6,7 @@ SCAFFOLD's accumulators are started anew when the server's variate arrives, a
 FedProx reference is set as the round begins, and a constant rate reads no clock.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import jax
@@ -18,6 +18,7 @@ from functional_optimodules.contract import KNOWN
 from functional_optimodules.dependence import sources
 from functional_optimodules.federated.execution import Rows
 from functional_optimodules.federated.parts import Split, Turns, on_shared, own_paths
+from functional_optimodules.federated.placement import has_whole_models, mesh_of
 from functional_optimodules.numerics import wide
 from functional_optimodules.optimizer import Optimizer, OptimizerState
 from functional_optimodules.packing.adapter import Adapter, adapted
@@ -65,6 +66,7 @@ class Sides(NamedTuple):
       turns: which parameters are shared by turns; `None` if none is.
       layouts: the parts of the states of client and uplink.
       kept: the shapes of each part that outlives a round, by name.
+      flat: whether the arrays of a row are vectors.
     """
 
     client: Side
@@ -75,6 +77,7 @@ class Sides(NamedTuple):
     turns: Turns | None
     layouts: tuple[Layout, Layout]
     kept: dict[str, PyTree]
+    flat: bool
 
     def broadcast(self, state: OptimizerState) -> dict[str, FromServer]:
         """Return what the server sends in a round, by name, in the form that clients hold."""
@@ -126,12 +129,22 @@ class Sides(NamedTuple):
 
     def row(self, own: Own) -> Rows:
         """Return what is kept of what a client has: its row of the bank."""
-        return jax.tree.leaves([part for name, part in self._parts(own) if name in self.kept])
+        return self.as_row([part for name, part in self._parts(own) if name in self.kept])
+
+    def as_row(self, parts: Sequence[PyTree]) -> Rows:
+        """Return parts that are kept in the form of a row."""
+        # Of small matrices a TPU puts the clients last: to read them by client, it copies the whole bank.
+        return [leaf.reshape(-1) if self.flat and leaf.ndim > 1 else leaf for leaf in jax.tree.leaves(parts)]
 
     def parts(self, row: Iterable[PyTree]) -> dict[str, PyTree]:
-        """Return the parts that a row holds, by name."""
+        """Return the parts that a row holds, by name; or those of many rows, along a leading axis."""
         leaves = iter(row)
-        return {name: jax.tree.map(lambda _: next(leaves), part) for name, part in self.kept.items()}
+
+        def shaped(spec: PyTree) -> PyTree:
+            leaf = next(leaves)
+            return leaf.reshape(*leaf.shape[:-1], *spec.shape) if self.flat and len(spec.shape) > 1 else leaf
+
+        return {name: jax.tree.map(shaped, part) for name, part in self.kept.items()}
 
     def restored(self, row: Rows, shared: Params) -> Own:
         """Return what a client has as its round begins: all is new but what was kept."""
@@ -184,6 +197,7 @@ def sides_of(federation: "Federation", params: Params, stats: PyTree, packing: P
             turns=Turns.of(params, federation.fragments, federation.mixing) if federation.fragments else None,
             layouts=layouts,
             kept={},
+            flat=has_whole_models(mesh_of(federation.mapping)),  # a matrix may be split along another axis
         )
         shapes = jax.eval_shape(sides.fresh, params, stats)
         held = jax.eval_shape(sides.client.hold, params)

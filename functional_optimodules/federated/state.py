@@ -94,7 +94,8 @@ def make_state(
         return state
     state = state._replace(slots=replicate(slots, mesh))
     ids = jnp.pad(ids, (0, -ids.shape[0] % mesh_size(mesh)), constant_values=ids.shape[0])
-    places = [rows_sharding(mesh, leaf) for leaf in sides.row(first)]
+    # Each lies as it did before it was flat; to reshape it here would be a program to compile.
+    places = [rows_sharding(mesh, leaf) for leaf in sides._replace(flat=False).row(first)]
     rows = jax.jit(jax.vmap(functools.partial(fresh_row, sides), (None, 0)), out_shardings=places)
     return state._replace(bank=rows(first, ids))
 
@@ -121,13 +122,16 @@ def start(
         packing = None
     sides = sides_of(federation, params, stats, packing)
     shared = sides.params.shared(params)
+    # NumPy's, which `replicate` puts on devices: each of `jnp` would be a program to compile.
+    nobody: PyTree = np.zeros(0, np.int32)
+    counts: PyTree = np.array([total, 0], np.int32)
     state = FederationState(
         params=params,
         server=sides.server.init(shared),
         bank=[],
-        slots=jnp.zeros(0, jnp.int32),
-        num_clients=jnp.int32(total),
-        round=jnp.int32(0),
+        slots=nobody,
+        num_clients=counts[0],
+        round=counts[1],
         key=jax.random.key(seed),
         packing=packing,
         made_for=_made_for(federation),
@@ -195,7 +199,8 @@ def own_sides(federation: "Federation", state: FederationState) -> Sides:
         with shapes_only():
             server = jax.eval_shape(lambda params: sides.server.init(sides.params.shared(params)), state.params)
         Specs.of(server).require_tree(state.server, "the server's state")
-        Specs.of(jax.tree.leaves(list(sides.kept.values()))).require_same(Specs.of(kept), "what a client keeps")
+        row = jax.eval_shape(sides.as_row, list(sides.kept.values()))
+        Specs.of(row).require_same(Specs.of(kept), "what a client keeps")
     except ValueError as error:
         raise ValueError(f"Federation: the state is of another federation: {error}: make one with `init`") from None
     return sides

@@ -291,6 +291,7 @@ def test_trimmed_mean_cuts_as_many_as_the_share_says_however_it_is_rounded() -> 
     assert_close(found, np.sort(rows, axis=0)[63:-63].mean(axis=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 7, 8, 9, 11])
 def test_each_rank_is_where_it_belongs(count: int) -> None:
     # What sorts all columns of zeros and ones sorts everything.
@@ -350,12 +351,14 @@ def test_krum_tells_neighbours_apart_however_far_they_or_attackers_are(far: floa
     assert_close(aggregated(MultiKrumAggregator(2, 3), deltas, np.ones(9)), flat(deltas)[order[:3]].mean(axis=0), 3e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 4])
 @each([*SUMS, *STACKS])
 def test_of_nobody_the_delta_is_zero(aggregator: Aggregator, count: int) -> None:
     assert aggregated(aggregator, draw(count), np.zeros(count)).tolist() == [0.0] * 11
 
 
+@pytest.mark.slow
 @each([*SUMS, *STACKS])
 def test_of_one_alone_it_is_his_own(aggregator: Aggregator) -> None:
     rows = {name: leaf / 10 for name, leaf in draw(5).items()}
@@ -365,6 +368,7 @@ def test_of_one_alone_it_is_his_own(aggregator: Aggregator) -> None:
     assert_close(aggregated(aggregator, alone, [2.5]), flat(rows)[3])
 
 
+@pytest.mark.slow
 @each([*SUMS, *STACKS])
 def test_equal_deltas_come_out_as_they_are(aggregator: Aggregator) -> None:
     rows = {name: np.repeat(leaf / 10, 7, axis=0) for name, leaf in draw(1, seed=3).items()}
@@ -391,6 +395,7 @@ def test_who_is_there_is_no_matter_of_the_program(aggregator: Aggregator) -> Non
     assert_close(aggregated(aggregator, deltas, WEIGHTS), aggregated(aggregator, there, WEIGHTS[WEIGHTS > 0]))
 
 
+@pytest.mark.slow
 @each([*SUMS, KrumAggregator(1), MultiKrumAggregator(1, 3)])
 def test_complex_numbers_are_pairs_of_real_ones_to_norms(aggregator: Aggregator) -> None:
     rng = np.random.default_rng(1)
@@ -443,6 +448,7 @@ def test_no_honest_bound_is_left_by_the_coordinates_of_a_median() -> None:
     assert not np.all(aggregated(MeanAggregator(), deltas, np.ones(9)) <= honest.max(axis=0))
 
 
+@pytest.mark.slow
 @each([*SUMS, *STACKS])
 def test_dtypes_are_not_promoted_by_chance(aggregator: Aggregator) -> None:
     with jax.numpy_dtype_promotion("strict"):

@@ -201,6 +201,7 @@ class TestWeights:
             return federation().round(state, data(), [0, 1, 2], weights=weights)
         return getattr(federation(), entry)(state, data(), 1, weights=weights)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("wrong", [[1.0, -1.0, 1.0], [np.nan, 1.0, 1.0], [1.0, np.inf, 0.0], [0.0] * 3, ["a"] * 3])
     def test_that_mean_nothing(self, entry: str, wrong: Any) -> None:
         for weights in (wrong, np.array(wrong)):
@@ -211,6 +212,7 @@ class TestWeights:
         with pytest.raises(ValueError, match=r"weights of shape \[2\] for 3 (participants|clients)"):
             self.call(entry, [1.0, 2.0])
 
+    @pytest.mark.slow
     def test_in_a_list_are_taken(self, entry: str) -> None:
         listed, array = self.call(entry, [1, 0, 3]), self.call(entry, jnp.array([1.0, 0.0, 3.0]))
         np.testing.assert_array_equal(listed[0].params, array[0].params)
@@ -350,6 +352,7 @@ class ChangesShapes(fo.OptiModule, register=False):
         return jax.tree.map(jnp.sum, updates), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaves", [2, 12])
 @pytest.mark.parametrize("side", ["client", "server"])
 @pytest.mark.parametrize(

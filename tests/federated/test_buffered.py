@@ -69,6 +69,7 @@ def simulate(starts: list[tuple[int, float]], concurrency: int, buffer: int, upd
     return [*map(np.array, zip(*rows, strict=True)), moments]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("concurrency", "buffer", "weighting", "discount"),
     [(3, 2, "uniform", "inverse-sqrt"), (4, 3, "examples", lambda staleness: jnp.maximum(1 - staleness / 2, 0))],
@@ -289,6 +290,7 @@ def test_a_negative_duration_is_seen_in_the_clock() -> None:
     assert np.isnan(history["time"]).all()
 
 
+@pytest.mark.slow
 def test_who_starts_is_any_of_those_that_are_not_at_work_alike() -> None:
     nobody = np.iinfo(np.int32).max
     busy = jnp.array([6, nobody, 0, 3, 2, nobody], jnp.int32)

@@ -59,6 +59,7 @@ def oracle(rounds: list[list[int]], mixing: float) -> tuple[dict[str, np.ndarray
     return shared, own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapping", ["scan", "vmap"])
 @pytest.mark.parametrize("mixing", [0.0, 0.5])
 def test_fragments_are_shared_by_turns(mixing: float, mapping: Any) -> None:

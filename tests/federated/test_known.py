@@ -244,6 +244,7 @@ def metric(metrics: Any, prefix: str, name: str) -> np.ndarray:
     return np.stack([np.asarray(metrics[key]) for key in places], axis=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mapping", "dropped"), [("scan", (False,) * 3), ("vmap", (True, False, False)), (2, (True, False, False))]
 )
@@ -263,6 +264,7 @@ def test_steps_with_the_anchors_and_the_mean_gradient_are_those_of_svrg(mapping:
     assert 0 <= coins[0] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapping", ["scan", "vmap", 2])
 def test_what_is_told_at_the_end_of_a_round_is_the_same_to_the_clients_bricks_and_on_the_uplink(mapping: Any) -> None:
     client = fo.Optimizer(LRATE, modules=[EndModule()])
@@ -290,6 +292,7 @@ def clients() -> list[Any]:
     return [(rng.normal(size=(n, 2)).astype(np.float32), rng.uniform(0.5, 2, (n, 2)).astype(np.float32)) for n in SIZES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remainder", ["mask", "drop"])
 def test_the_gradient_over_all_data_is_over_each_example_once_whatever_the_steps_are(remainder: Any) -> None:
     client = fo.Optimizer(LRATE, modules=[EndModule()])
@@ -348,6 +351,7 @@ def product(params: Any, batch: Any) -> Any:
     return jnp.sum((batch @ params) ** 2, axis=-1)
 
 
+@pytest.mark.slow
 def test_what_nobody_asks_for_is_not_computed() -> None:
     rate = 0.1
     plain = dots(Federation(product, fo.Optimizer(rate), batch_size=4))
@@ -362,6 +366,7 @@ def test_what_nobody_asks_for_is_not_computed() -> None:
         assert dots(Federation(product, fo.Optimizer(rate), batch_size=4, uplink=[asking(names)])) == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "end"), [("anchor_gradient", False), ("mean_gradient", False), ("full_gradient", True)]
 )
@@ -486,6 +491,7 @@ def test_a_delta_is_of_float32_where_parameters_are_of_less() -> None:
     np.testing.assert_allclose(metrics["client/last/count"], 2 * 2 * LRATE, rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"on_nonfinite": "skip"}, {}])
 def test_the_mean_gradient_is_without_those_that_are_left_out(options: Any) -> None:
     spoilt = [jax.tree.map(np.copy, each) for each in clients()]

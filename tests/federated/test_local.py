@@ -77,6 +77,7 @@ def fedper_in_numpy(scaffold: bool = False) -> Any:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mapping", "scaffold"), [("scan", False), ("vmap", True), (2, True)])
 def test_heads_of_their_own_are_those_of_fedper(mapping: Any, scaffold: bool) -> None:
     client = fo.Optimizer(LRATE, modules=["scaffold-client"] if scaffold else [])
@@ -95,6 +96,7 @@ def test_heads_of_their_own_are_those_of_fedper(mapping: Any, scaffold: bool) ->
         np.testing.assert_array_equal(federation.model(state)["head"]["w"], start()["head"]["w"])
 
 
+@pytest.mark.slow
 def test_saved_parts_of_clients_go_on_as_if_they_had_not_been_saved() -> None:
     federation = fedper()
     state, _ = federation.fit(federation.init(start(), data()), data(), 3, participants=2)
@@ -151,6 +153,7 @@ def test_the_mean_gradient_tells_nothing_of_what_clients_keep_for_themselves() -
         np.testing.assert_allclose(own, clients()[client].mean(axis=0), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_many_small_parameters_of_clients_own() -> None:
     params = {f"{i:02d}": {"b": jnp.zeros(3), "w": jnp.eye(3)} for i in range(10)}
 

@@ -56,6 +56,7 @@ def after(steps: int) -> np.ndarray:
     return np.mean(ends, axis=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mapping", "steps"), [("scan", 5), ("vmap", 1), (2, 5)])
 def test_each_client_takes_as_many_steps_whatever_it_has(mapping: Any, steps: int) -> None:
     federation = counting(steps=steps, mapping=mapping)
@@ -64,6 +65,7 @@ def test_each_client_takes_as_many_steps_whatever_it_has(mapping: Any, steps: in
     assert taken(metrics).tolist() == [steps] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("remainder", "passes"), [("mask", 2), ("drop", 3), ("wrap", 1)])
 def test_steps_are_those_of_as_many_passes(remainder: Any, passes: int) -> None:
     even = FederatedData.from_clients([each[:2].repeat(3, axis=0) + np.arange(6)[:, None] for each in clients()])
@@ -75,6 +77,7 @@ def test_steps_are_those_of_as_many_passes(remainder: Any, passes: int) -> None:
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
+@pytest.mark.slow
 def test_a_pass_that_is_cut_short_sees_no_example_twice() -> None:
     federation = Federation(lambda p, batch: batch + p, fo.Optimizer(0.0), batch_size=2, steps=2)
     one = FederatedData.from_clients([np.array([0.0, 1.0, 10.0, 100.0, 1000.0, 1e4], np.float32)])
@@ -137,6 +140,7 @@ def test_participants_drop_out_at_the_rate_and_apart() -> None:
     assert np.abs(correlations[~np.eye(3, dtype=bool)]).max() < 4 / np.sqrt(400)
 
 
+@pytest.mark.slow
 def test_fit_and_run_drop_the_same_participants_and_a_rate_may_change_without_another_program() -> None:
     federation = Federation(squares, fo.Optimizer(LRATE))
     new = lambda: federation.init(start(), data(), seed=1)  # noqa: E731
@@ -149,6 +153,7 @@ def test_fit_and_run_drop_the_same_participants_and_a_rate_may_change_without_an
     assert run._cache_size() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "all_there"), [(0.0, True), (1.0, False), (1, False)])
 def test_nobody_or_everybody_drops_out(rate: Any, all_there: bool) -> None:
     server = fo.Optimizer(1.0, modules=["momentum"])
@@ -178,6 +183,7 @@ def test_a_rate_of_drop_outs_that_is_text(method: str) -> None:
         getattr(federation, method)(federation.init(start(), data()), data(), 1, drop_rate="0.5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [True, np.bool_(True), jnp.array(True)])
 def test_fit_ends_after_the_piece_whose_callback_says_so(stop: Any) -> None:
     federation = Federation(squares, fo.Optimizer(LRATE))
@@ -228,6 +234,7 @@ class AnyModule(fo.OptiModule[Any], register=False):
         return {self.says: said[self.says]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("says", "value", "mapping"), [("bool", 1, "scan"), ("int", 3, 2), ("python", 2.5, "scan"), ("half", 1.5, 2)]
 )

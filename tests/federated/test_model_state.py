@@ -72,6 +72,7 @@ def in_numpy(weights: Any, own: bool) -> Any:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mapping", "own"), [("scan", False), ("vmap", True), (2, False), (2, True)])
 def test_the_state_is_averaged_by_weight_over_those_that_joined_or_each_clients_own(mapping: Any, own: bool) -> None:
     # Batches of all data, which differ in size: given ones of one size would be, too.

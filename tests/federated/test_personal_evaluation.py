@@ -53,6 +53,7 @@ def trained(mapping: Any = None) -> Any:
     return federation, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mapping", "batch_size"), [("scan", None), ("vmap", 4), (2, 4)])
 def test_each_client_is_evaluated_with_its_own_part(mapping: Any, batch_size: Any) -> None:
     federation, state = trained(mapping)
@@ -67,6 +68,7 @@ def test_each_client_is_evaluated_with_its_own_part(mapping: Any, batch_size: An
     np.testing.assert_allclose(found["loss"], [loss_of(w, x) for x in clients(1)], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mapping", "steps"), [("scan", 1), ("vmap", 3), (2, 3)])
 def test_local_steps_are_taken_first_on_the_data_to_train_on(mapping: Any, steps: int) -> None:
     federation, state = trained(mapping)
@@ -92,6 +94,7 @@ def test_nothing_remains_of_an_evaluation() -> None:
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.bank, state.server), before)
 
 
+@pytest.mark.slow
 def test_the_steps_are_those_of_the_next_round() -> None:
     """By the same order of examples, with what a client's optimizer keeps and what its server sends."""
     client = fo.Optimizer(LRATE, modules=["scaffold-client", "momentum"])
@@ -122,6 +125,7 @@ def test_evaluation_is_by_the_evaluations_loss_and_the_steps_by_the_other() -> N
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"steps": 4}, {"coin": 0.01}, {"epochs": 3}])
 def test_as_many_steps_as_are_asked_for_whatever_a_round_has(options: Any) -> None:
     base = Federation(squares, fo.Optimizer(LRATE))
@@ -140,6 +144,7 @@ def test_data_that_is_only_evaluated_may_have_less_than_a_batch_where_rounds_dro
     assert not np.allclose(after, expected)
 
 
+@pytest.mark.slow
 def test_a_shared_state_is_evaluated_as_its_parameters_are() -> None:
     for module in ("fedacg", "momentum"):
         federation = Federation(squares, fo.Optimizer(LRATE), fo.Optimizer(1.0, modules=[module]))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from typing import Any
 
 import pytest
@@ -10,18 +11,23 @@ from functional_optimodules.federated import processes
 
 
 @pytest.mark.slow
-def test_a_lost_process_stops_the_other_with_a_message_and_both_resume_with_the_same_numbers(peers: Any) -> None:
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+def test_a_lost_process_stops_the_other_with_a_message_and_both_resume_with_the_same_numbers(
+    peers: Any, by: signal.Signals
+) -> None:
     first, second = peers.start("endless", count=2, devices=1)
     for process in (first, second):
         line = ""
         while "saved" not in line:
             line = process.stdout.readline()
             assert line, f"process {process.args[-1]} ended early"
-    second.kill()
+    second.send_signal(by)
     # Unless it was told otherwise, JAX waits for a minute and a half.
     output = first.communicate(timeout=60)[0]
-    assert first.returncode != 0
-    assert re.search(r"process 0 of 2: the exchange .* broke off; one of them was lost\. Start all again", output)
+    assert second.wait(timeout=60) == -by
+    assert first.returncode == 1
+    last = output.strip().splitlines()[-1]
+    assert re.search(r"process 0 of 2: the exchange .* broke off; one of them was lost\. Start all again", last)
 
     peers.finish("resume", count=2, devices=1)
     for index in range(2):

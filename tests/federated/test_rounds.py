@@ -87,6 +87,7 @@ def same(left: Any, right: Any, atol: float = 0.0) -> None:
             np.testing.assert_allclose(a, b, rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 def test_unequal_steps_and_masked_examples_with_given_weights_as_in_numpy() -> None:
     steps, weights = np.array([2, 3, 1, 3, 3, 3]), np.array([0.5, 2.0, 1.0], np.float32)
     state, metrics = one_round(scaffold(), steps=steps, weights=weights)
@@ -152,6 +153,7 @@ def test_a_round_in_which_all_drop_out_only_counts(second: Any) -> None:
     assert state.round == second.round + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapping", ["scan", "vmap"])
 def test_a_client_that_sends_nan_is_named_and_may_be_left_out_as_one_that_dropped(second: Any, mapping: Any) -> None:
     poisoned = batches().copy()
@@ -229,6 +231,7 @@ class TestRemainder:
     def test_without_a_batch_size_a_pass_is_one_step(self) -> None:
         assert self.steps("mask", None, epochs=3) == [3, 3, 3]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("remainder", ["mask", "wrap"])
     def test_partial_batches_average_real_examples_or_repeat_the_first_ones(self, remainder: Any) -> None:
         values = np.array([[1.0], [10.0], [100.0]], np.float32)
@@ -243,6 +246,7 @@ class TestRemainder:
         assert any(abs(taken - ((a + b) / 2 + last(a, c))) < 1e-3 for a, b, c in pairs)
         assert metrics["examples"].tolist() == [3]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("sizes", "remainder"), [((5, 8), "wrap"), ((5, 8), "drop"), ((6, 6), "mask")])
     def test_a_scalar_loss_is_taken_where_all_batches_are_full(self, sizes: Any, remainder: Any) -> None:
         data = FederatedData.from_clients([np.ones((n, 1), np.float32) for n in sizes])
@@ -304,6 +308,7 @@ class ClaimsModule(fo.OptiModule, register=False):
         return ClaimState(aux.mine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapping", ["scan", "vmap"])
 def test_variables_per_client_reach_the_client_that_they_are_for_and_come_back_by_client(mapping: Any) -> None:
     federation = Federation(
@@ -360,6 +365,7 @@ class ExtremesServerModule(ExtremesModule, register=False):
         return ExtremesState(aux.largest, aux.smallest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapping", ["scan", 2, clients_mesh(jax.devices()[:1])], ids=["scan", "chunks", "mesh"])
 def test_the_server_gets_the_largest_and_the_smallest_of_those_who_joined(mapping: Any) -> None:
     client, server = (fo.Optimizer(LRATE, modules=[m]) for m in (ExtremesModule(), ExtremesServerModule()))

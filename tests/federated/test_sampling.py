@@ -38,6 +38,7 @@ def chance_of(counts: np.ndarray, share: float) -> float:
     return float(scipy.stats.chi2.sf(statistic, len(counts) - 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4, 6, 9, 10])
 def test_shards_are_asked_for_as_many_clients_to_within_one(size: int) -> None:
     # Ten clients in four shards of three slots, two of which are empty.

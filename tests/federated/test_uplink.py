@@ -140,6 +140,7 @@ def halves(mapping: Any = None) -> Federation:
     return Federation(squares, fo.Optimizer(LRATE), uplink=[HalvesModule()], mapping=mapping)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapping", ["scan", "vmap", 2])
 def test_each_client_has_its_own_state_of_the_uplink_which_drop_outs_do_not_move(mapping: Any) -> None:
     federation, data = halves(mapping), FederatedData.from_clients(clients())
@@ -155,6 +156,7 @@ def test_each_client_has_its_own_state_of_the_uplink_which_drop_outs_do_not_move
         np.testing.assert_allclose(said, owed[np.array(chosen)[kept], 0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_saved_uplink_goes_on_as_if_it_had_not_been_saved() -> None:
     federation, data = halves(), FederatedData.from_clients(clients())
     state, _ = federation.fit(federation.init(start(), data, seed=1), data, 3, participants=2)
@@ -167,6 +169,7 @@ def test_a_saved_uplink_goes_on_as_if_it_had_not_been_saved() -> None:
     np.testing.assert_array_equal(ends[0].bank[0], ends[1].bank[0])
 
 
+@pytest.mark.slow
 def test_no_module_on_the_uplink_is_no_uplink() -> None:
     data = FederatedData.from_clients(clients())
     texts = []
@@ -193,6 +196,7 @@ def test_a_module_of_the_uplink_talks_to_its_counterpart(mapping: Any) -> None:
         np.testing.assert_allclose(metrics["server/listens/told"], np.sum(sent), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_clients_draw_apart_on_the_uplink_and_anew_each_round() -> None:
     noise = ("gaussian-noise", {"std": 1.0, "safe_mode": False, "seed": 0})
     deltas = []
