@@ -81,6 +81,9 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         help="another value of a field, such as client.lrate=0.01, with which a saved run may go on; may be repeated",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would run, with bytes and steps, and end")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keep compiled programs there, and take those that are there already"
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     usual = parser.format_help
     # What only this help needs is imported where it is asked for.
@@ -94,6 +97,7 @@ def _keys_help() -> str:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from functional_optimodules.experiments.compiled import keep_programs
     from functional_optimodules.experiments.run import dry_run, run_experiment
 
     path = arguments.experiment
@@ -101,6 +105,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             dry_run(path, arguments.override)
         else:
+            if arguments.cache:
+                keep_programs(arguments.cache)
             run_experiment(path, arguments.output or Path(path.stem), arguments.override)
     return 0
 
@@ -123,22 +129,37 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="PATH", help="the folder of a checkpoint")
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from functional_optimodules.wire.checkpoint import Checkpoint
+
+    with _saying("inspect"):
+        print(Checkpoint.open(arguments.checkpoint).table())
+    return 0
+
+
 @contextlib.contextmanager
 def _saying(what: object) -> Iterator[None]:
-    """Make an error that says all by itself a message."""
+    """Make an error a message, which says all by itself or shows where it came from in a user's code."""
     try:
         yield
     except FloatingPointError as error:
         raise Failure(str(error)) from error
     except KeyboardInterrupt:
         raise Failure(f"{what}: interrupted: the same command goes on from what was saved") from None
-    except (KeyError, ModuleNotFoundError, OSError, TypeError, ValueError) as error:
-        reason = error.args[0] if isinstance(error, KeyError) else error
-        raise UsageError(f"{what}: {reason}{_where(error)}") from error
+    except Exception as error:
+        if where := _where(error):
+            raise UsageError(f"{what}: {type(error).__name__}: {error}{where}") from error
+        if not isinstance(error, KeyError | ModuleNotFoundError | OSError | TypeError | ValueError):
+            raise
+        raise UsageError(f"{what}: {error.args[0] if isinstance(error, KeyError) else error}") from error
 
 
-def _where(error: BaseException) -> str:
-    """Return where an error came from, if that is code which an experiment's file has named."""
+def _where(error: Exception) -> str:
+    """Return where an error came from, if that is code which an experiment's file has named; else an empty text."""
     frames = traceback.extract_tb(error.__traceback__)
     here = next(index for index, frame in enumerate(frames) if frame.filename == __file__)
     others = str(Path(__file__).parent), sysconfig.get_paths()["purelib"], sysconfig.get_paths()["stdlib"], "<"
@@ -178,6 +199,7 @@ COMMANDS = (
     Command("demo", "train on real images, in Flax and between federated clients", _demo_arguments, _demo),
     Command("run", "run a federated experiment, or resume one", _run_arguments, _run),
     Command("compare", "set runs side by side: a table, and in what they differ", _compare_arguments, _compare),
+    Command("inspect", "show what is in a server's or client's checkpoint", _inspect_arguments, _inspect),
     Command("list", "list the plug-ins with their hyper-parameters", _list_arguments, _list),
 )
 

@@ -38,6 +38,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402  (it reads these as it is imported)
 
+# Flower's processes import it, and Flower need not be there.
+collect_ignore = ["integrations/flower_app"]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # JAX could bound the cache itself, but would list the whole folder for each program that it adds.

@@ -6,11 +6,14 @@ import re
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 
 import functional_optimodules as fo
 from functional_optimodules import catalogue, cli, demo
 from functional_optimodules.demo import Promise
+from functional_optimodules.federated.aggregation import list_aggregators
+from functional_optimodules.wire.checkpoint import write_checkpoint
 
 
 def test_list_names_every_plugin_and_every_hyperparameter(capsys):
@@ -70,7 +73,9 @@ def test_markdown_prints_the_tables_that_the_documentation_embeds(capsys):
 def test_the_table_has_a_row_of_four_cells_for_each_plugin_of_the_library():
     rows = [line for line in catalogue.plugin_table().splitlines() if line.startswith("| `")]
     names = {re.match(r"\| `([^`]+)`", row)[1] for row in rows}
-    assert len(rows) == 39 + 4 + 11 + 9
+    registries = fo.list_optim_modules(), fo.list_optim_regularizers(), fo.list_rate_schedulers(), list_aggregators()
+    plugins = [plugin for registry in registries for plugin in registry.values()]
+    assert len(rows) == sum(plugin.__module__.startswith("functional_optimodules.") for plugin in plugins) > 60
     assert {"adam", "optax", "scaffold-server", "fedprox", "cosine-annealing", "warmup-rounds"} <= names
     for row in rows:
         cells = re.split(r"(?<!\\)\|", row)
@@ -152,6 +157,7 @@ def test_python_m_lists_without_the_packages_of_the_demo():
     assert "AdamModule" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_reader_that_closes_the_pipe_early_sees_no_traceback():
     program = (
         "import os, sys; from functional_optimodules.cli import main;"
@@ -159,3 +165,21 @@ def test_a_reader_that_closes_the_pipe_early_sees_no_traceback():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_inspect_shows_what_is_in_a_checkpoint(tmp_path, capsys):
+    write_checkpoint(tmp_path, "server", {"names": ["ann"]}, {"params": {"w": jnp.zeros((2, 3))}})
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "kind: 'server'",
+        "names: ['ann']",
+        "",
+        "array     what          bytes",
+        "params/w  float32[2,3]     24",
+        "total     1 arrays         24",
+    ]
+
+
+def test_inspect_of_what_is_no_checkpoint_says_so(tmp_path, capsys):
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    assert "has no checkpoint: expected a checkpoint.json in it" in capsys.readouterr().err

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
 from functional_optimodules.config.fields import Configured, FrozenConfig, field_types, hyperparameter
+from functional_optimodules.config.plugin import UnknownPlugin
+from functional_optimodules.experiments.problem import BUILT_IN, import_factory
 from functional_optimodules.federated import Federation
 from functional_optimodules.optimizer import Optimizer
 from functional_optimodules.types import Json
@@ -69,6 +71,15 @@ class ModelConfig(Configured):
 
     _owner: ClassVar[str] = "[model]"
     hidden: tuple[int, ...] = ()
+
+    def validate(self) -> None:
+        """Check that each layer has units.
+
+        Raises:
+          ValueError: if one has none.
+        """
+        if any(width < 1 for width in self.hidden):
+            raise ValueError(f"[model]: hidden={list(self.hidden)} should be widths of at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,18 +179,23 @@ class Experiment(Configured):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read an experiment's file.
+        """Read an experiment's file, and import first the module that its problem's factory is in.
+
+        What that module declares, the file may name: modules, regularizers, schedulers and
+        aggregators.
 
         Raises:
           FileNotFoundError: if there is none.
-          KeyError: if a key is missing or unknown.
+          KeyError: if a key or a plug-in is missing or unknown, or the factory's module.
           TypeError: if a value has a wrong type.
           ValueError: if it is no TOML, a value is out of its range, or values do not go together.
         """
         try:
             config = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # it may also nest deeper, or count higher, than Python reads
             raise ValueError(f"{path} is no TOML: {error}") from None
+        if factory := _factory(config):
+            import_factory(factory, path.parent)
         return cls.from_config(config)
 
     @classmethod
@@ -188,7 +204,12 @@ class Experiment(Configured):
         for table in ("data", "model"):
             if table in config and config.get("problem") is not None:
                 raise ValueError(f"the experiment has both [problem] and [{table}], which is of the built-in ones")
-        tables = {name: table.from_config(config[name]) for name, table in _TABLES.items() if name in config}
+        try:
+            tables = {name: table.from_config(config[name]) for name, table in _TABLES.items() if name in config}
+        except UnknownPlugin as error:
+            own = _factory(config).partition(":")[0]
+            imported = f"functional_optimodules and {own}" if own else "functional_optimodules"
+            raise UnknownPlugin(f"{error.args[0]} (imported: {imported})") from None
         return super().from_config({**config, **tables})
 
     def get_config(self) -> dict[str, Json]:
@@ -196,6 +217,13 @@ class Experiment(Configured):
         unused = ("data", "model") if self.problem is not None else ("problem",)
         tables = {name: getattr(self, name).get_config() for name in _TABLES}
         return {name: value for name, value in {**super().get_config(), **tables}.items() if name not in unused}
+
+
+def _factory(config: Mapping[str, Json]) -> str:
+    """Return what a file calls its factory; empty for none that is a text, or a built-in one."""
+    problem = config.get("problem")
+    name = problem.get("factory") if isinstance(problem, Mapping) else None
+    return name if isinstance(name, str) and name not in BUILT_IN else ""
 
 
 _TABLES: dict[str, type[Configured]] = {

@@ -105,7 +105,8 @@ def _archive(config: DataConfig, folder: Path) -> tuple[Examples, Examples, Arra
                 if name not in archive:
                     raise KeyError(f"[data]: {path.name} has no array {name!r}: there is {archive.files}")
             arrays = {name: archive[name] for name in names}
-    except (EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (EOFError, OSError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        # What is cut short or altered sends the reader to places that are not there, or to features that it has not.
         raise ValueError(f"[data]: {path.name} is no archive of plain arrays, as `np.savez` writes: {error}") from None
 
     def require(name: str, holds: bool, expected: str) -> None:

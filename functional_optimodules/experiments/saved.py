@@ -10,6 +10,7 @@ curves.png     the rounds, where matplotlib is
 
 import contextlib
 import csv
+import io
 import json
 import math
 import os
@@ -24,10 +25,14 @@ from functional_optimodules.types import Json
 Row = dict[str, Any]
 """A line of a table, by column."""
 Run = dict[str, Any]
-"""What is saved of a run: `values` of its swept fields, `rows` of its rounds, `clients`, `state`."""
+"""What is saved of a run: `values` of its swept fields, `rows` of its rounds, `clients`, `state`.
+
+And `changed`, the fields that are not those of the state any more, until there is a new one.
+"""
 
 _SAVED = ("values", "rows", "clients", "state")
-_FREE = ("rounds.count", "rounds.save_every", "rounds.mapping")
+FREE = ("rounds.count", "rounds.save_every", "rounds.mapping")
+"""The fields that may change from one command to the next."""
 
 
 @contextlib.contextmanager
@@ -36,8 +41,12 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
       FileExistsError: if another process holds it.
+      OSError: if it cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"cannot make the folder {folder}: {error.strerror}") from None
     try:
         import fcntl
     except ImportError:  # where there are no such locks, it is up to the user
@@ -71,7 +80,7 @@ def read(folder: Path) -> tuple[dict[str, Json], list[Run]]:
         for run in runs:
             for key in _SAVED:
                 run[key]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no saved state: {error!r}") from None
     return config, runs
 
@@ -88,7 +97,7 @@ def require_same(saved: dict[str, Json], config: dict[str, Json], overrides: Map
     for path in overrides:
         told = set_at(told, path, get_at(config, path))
     wrong = [
-        f"{key} was {was!r}, and is {now!r} here" for key, was, now in differences(told, config) if key not in _FREE
+        f"{key} was {was!r}, and is {now!r} here" for key, was, now in differences(told, config) if key not in FREE
     ]
     if wrong:
         raise ValueError(
@@ -100,15 +109,30 @@ def require_same(saved: dict[str, Json], config: dict[str, Json], overrides: Map
 
 def write(folder: Path, config: Mapping[str, Json], runs: Sequence[Run]) -> None:
     """Save all runs, at once: what is cut off leaves the last state whole."""
-    path = folder / "state.json"
-    draft = path.with_suffix(".partial")
-    kept = [{key: run[key] for key in _SAVED} for run in runs]
+    kept = [{key: run[key] for key in (*_SAVED, "changed") if key in run} for run in runs]
+    _put(folder / "state.json", json.dumps({"experiment": config, "runs": kept}))
+
+
+def _put(path: Path, text: str) -> None:
+    draft = _draft(path)
     try:
-        draft.write_text(json.dumps({"experiment": config, "runs": kept}), encoding="utf-8")
+        with draft.open("w", newline="", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # or a new name might stand for a file that is not there after a power cut
         os.replace(draft, path)
     except OSError:
         draft.unlink(missing_ok=True)
         raise
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
+def is_new(folder: Path) -> bool:
+    """Whether a folder holds nothing, or only what a first write leaves that was cut off."""
+    return {path.name for path in folder.iterdir()} <= {_draft(folder / "state.json").name}
 
 
 @contextlib.contextmanager
@@ -117,8 +141,8 @@ def telling_what_stays(folder: Path, rounds: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kept = f"the state after {rounds} rounds, saved before, is whole" if rounds else "nothing was saved before"
-        raise OSError(f"cannot write to {folder}: {error.strerror}: {kept}") from error
+        kept = f"the state after {rounds} rounds, saved before, is whole" if rounds else "no round was saved before"
+        raise OSError(f"cannot write to {folder}: {error.strerror or error}: {kept}") from error
 
 
 def rows_of(runs: Sequence[Run], table: str = "rows") -> list[Row]:
@@ -139,7 +163,7 @@ class History:
         self._rows = list(rows)
         self._columns = _columns(rows)
         write_table(self._table, rows)
-        self._lines.write_text("".join(map(_line, rows)), encoding="utf-8")
+        _put(self._lines, "".join(map(_line, rows)))
 
     def add(self, rows: Sequence[Row]) -> None:
         """Append lines."""
@@ -155,11 +179,12 @@ class History:
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
-    """Write lines as CSV."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _columns(rows))
-        writer.writeheader()
-        writer.writerows(rows)
+    """Write lines as CSV, at once."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _columns(rows))
+    writer.writeheader()
+    writer.writerows(rows)
+    _put(path, text.getvalue())
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:

@@ -108,9 +108,12 @@ def compare(folders: Sequence[Path]) -> tuple[list[Run], str]:
 
     Raises:
       FileNotFoundError: if a folder holds no run.
-      ValueError: if what it holds is malformed.
+      ValueError: if what it holds is malformed, or there is no round yet.
     """
     found = [(str(folder), *read(folder)) for folder in folders]
+    for name, _, each in found:
+        if not any(run["rows"] for run in each):
+            raise ValueError(f"{name} holds no round yet")
     runs = [{**run, "values": {"run": name, **run["values"]}} for name, _, each in found for run in each]
     first, config, _ = found[0]
     lines = [

@@ -190,7 +190,7 @@ def test_whole_numbers_are_labels_though_they_be_floats(experiment: Path) -> Non
     assert problem.test.y.dtype == np.int32
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"text", "npy", "cut short"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"text", "npy", "cut short", "a piece left out", "newer"])
 def test_a_file_that_is_no_archive_is_named(
     experiment: Path, capsys: pytest.CaptureFixture[str], content: bytes | str
 ) -> None:
@@ -199,6 +199,12 @@ def test_a_file_that_is_no_archive_is_named(
         path.write_bytes(content)
     elif content == "cut short":
         path.write_bytes(path.read_bytes()[:-200])
+    elif content == "a piece left out":
+        path.write_bytes(path.read_bytes()[300:])
+    elif content == "newer":
+        whole = bytearray(path.read_bytes())
+        whole[whole.index(b"PK\x01\x02") + 6] = 200  # the version that it takes to read it
+        path.write_bytes(whole)
     else:
         with path.open("wb") as file:
             np.save(file, np.ones(3))
@@ -268,6 +274,9 @@ def test_without_scikit_learn_the_digits_are_refused_once_the_file_is_read(
         ("[data]", '[data]\nsource = "npz"', "source='npz' needs a 'path'"),
         ('"sorted"', '"id"\nby = "writer"', "split='id' needs source='npz' and 'by'"),
         ("[data]", "[model]\nhidden = 3\n[data]", r"\[model\]: hidden=3 should be of type list of int"),
+        ("[data]", "[model]\nhidden = [8, -3]\n[data]", r"\[model\]: hidden=\[8, -3\] should be widths of at least 1"),
+        ("count = 5", "count = 5\nmapping = -5", r"\[rounds\]: mapping=-5 should be in \[1, inf\)"),
+        ("count = 5", "count = 5\nmapping = 'mash'", r"\[rounds\]: mapping='mash' should be of type"),
         ("seed = 1", "seed = 1\nmodel = 3", r"\[model\]: a configuration is a mapping, not 3"),
         ("seed = 1", "seed = -1", r"the experiment: seed=-1 should be in \[0, 4294967295\]"),
         ("[data]", '[data]\nsource = "npz"\npath = "none.npz"', "there is no file"),
@@ -287,6 +296,7 @@ def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "none.toml" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_client_that_diverges_ends_the_run_and_is_named(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(experiment, "lrate = 0.3", "lrate = 1e38")
     assert main(["run", str(experiment), "--output", str(experiment.parent / "out")]) == 1

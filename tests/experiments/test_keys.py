@@ -33,6 +33,7 @@ def test_the_help_of_run_has_every_key(capsys: pytest.CaptureFixture[str]) -> No
         main(["run", "--help"])
     printed = capsys.readouterr().out
     assert "--override FIELD=VALUE" in printed
+    assert "--cache DIR" in printed
     found = list(keys.keys())
     for key in found:
         assert f"\n  {key.name}: " in printed

@@ -1,6 +1,7 @@
 """Problems of one's own: what a factory is given, what it may return, and what is said where it is wrong."""
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+import functional_optimodules as fo
 from functional_optimodules.cli import main
 from functional_optimodules.experiments.config import Experiment
 from functional_optimodules.experiments.grouping import simulation_of
 from functional_optimodules.experiments.problem import make_problem
-from functional_optimodules.experiments.run import run_experiment
+from functional_optimodules.experiments.run import read_experiment, run_experiment
+from functional_optimodules.experiments.sweep import trials
+from functional_optimodules.federated.aggregation import Aggregator
 
 Write = Callable[..., Path]
 
@@ -138,8 +142,11 @@ def test_flax_models_are_problems_as_they_are_and_seeds_share_a_program(
         ("broken:uneven", r"client 1 has examples of float32\[3\]"),
         ("broken:integers", r"among the parameters, .* is of int"),
         ("broken:measure", r"`evaluate` returned .*: expected numbers by name"),
+        ("broken:divides", r"(?s)ZeroDivisionError: division by zero\n +File .*broken.py\", line 23, in <lambda>"),
+        ("broken:text", r"data of type str: expected FederatedData"),
+        ("broken:words", r"\[problem\]: params\['w'\] is no array: .*'abc'"),
         ("broken:clash", r"`evaluate` returns a metric 'loss', which a round has too"),
-        ("broken:wrong", r"(?s)KeyError.*broken.py\", line \d+, in bad_loss\n +return batch\[\"z\"\]|'z'"),
+        ("broken:wrong", r"(?s)KeyError: 'z'\n.*broken.py\", line 21, in bad_loss\n +return {'x': batch}\['z'\]"),
     ],
 )
 def test_a_factory_that_is_wrong_is_refused_and_the_error_shows_where(
@@ -170,21 +177,119 @@ def test_a_factory_that_is_wrong_is_refused_and_the_error_shows_where(
         "def bad_loss(w, batch):\n"
         "    return {'x': batch}['z']\n"
         "def wrong(): return Problem(W, bad_loss, [X] * 2)\n"
+        "def divides(): return Problem(W, fine, [X] * 2, evaluate=lambda params: 1 / 0)\n"
+        "def text(): return Problem(W, fine, 'abc')\n"
+        "def words(): return Problem({'w': 'abc'}, fine, [X] * 2)\n"
     )
     assert main(["run", str(path), "--output", str(path.parent / "out")]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert not (path.parent / "out").exists()
-    if factory == "broken:wrong":
-        assert re.search(r"broken.py\", line 21, in bad_loss", error)
 
 
 def test_the_module_of_a_factory_is_found_beside_the_file_and_the_path_stays_as_it_was(regression: Write) -> None:
-    import sys
-
     before = list(sys.path)
     simulation_of(Experiment.read(path := regression()), path.parent)
     assert sys.path == before
+
+
+BRICKS = """
+import jax
+import functional_optimodules as fo
+from functional_optimodules.federated.aggregation import MeanAggregator
+from regression import make
+
+class Divided(fo.OptiModule):
+    "u = g / by."
+    name = "divided-here"
+    by: float = 2.0
+    def init(self, params): return ()
+    def update(self, updates, state, params=None, **extra_args):
+        return jax.tree.map(lambda leaf: leaf / self.by, updates), state
+
+class Pulled(fo.Regularizer):
+    "g + x."
+    name = "pulled-here"
+    def init(self, params): return ()
+    def update(self, updates, state, params=None, **extra_args):
+        return jax.tree.map(lambda g, x: g + x, updates, params), state
+
+class Plain(MeanAggregator):
+    "The mean."
+    name = "plain-here"
+"""
+
+
+@pytest.fixture
+def bricks(regression: Write, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Return what writes a file whose factory is in a module that declares plug-ins, which are forgotten afterwards."""
+    for kind in (fo.OptiModule, fo.Regularizer, Aggregator):
+        monkeypatch.setattr(kind, "_registry", dict(kind._registry))
+    monkeypatch.delitem(sys.modules, "bricks", raising=False)
+
+    def write(*changes: tuple[str, str], more: str = "") -> Path:
+        path = regression(("regression:make", "bricks:make"), *changes, more=more)
+        (path.parent / "bricks.py").write_text(BRICKS)
+        return path
+
+    return write
+
+
+def test_what_the_module_of_the_factory_declares_the_file_names(bricks: Write) -> None:
+    path = bricks(
+        ('["momentum", { beta = 0.5 }]', '["divided-here", { by = 4.0 }]'),
+        ("lrate = 0.05", 'lrate = 0.05\nregularizers = ["pulled-here"]'),
+        ("participants = 2", 'participants = 2\naggregation = "plain-here"'),
+        more='[sweep]\nclient.modules = [["divided-here"], [["divided-here", { by = 8.0 }]]]\n',
+    )
+    experiment, _ = read_experiment(path, ["client.regularizers=['pulled-here', 'ridge']"])
+    assert experiment.get_config()["client"]["modules"] == [["divided-here", {"by": 4.0}]]
+    assert [brick.name for brick in experiment.client.regularizers] == ["pulled-here", "ridge"]
+    assert experiment.rounds.aggregation.name == "plain-here"
+    first, second = (trial.experiment.client.modules[0] for trial in trials(experiment))
+    assert (first.by, second.by) == (2.0, 8.0)
+
+
+@pytest.mark.slow
+def test_a_run_with_such_a_brick_is_that_with_the_library_s(bricks: Write, regression: Write) -> None:
+    rows = run(bricks(('["momentum", { beta = 0.5 }]', '"divided-here"')))
+    path = regression(("lrate = 0.05", "lrate = 0.025"), ('["momentum", { beta = 0.5 }]', ""))
+    for row, expected in zip(rows, run_experiment(path, path.parent / "same", progress=False), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "message"),
+    [
+        (
+            [('"momentum"', '"divided-her"')],
+            "",
+            r"no module is named 'divided-her': did you mean 'divided-here'.* "
+            r"\(imported: functional_optimodules and bricks\)",
+        ),
+        (
+            [("participants = 2", 'participants = 2\naggregation = "plain-her"')],
+            "",
+            r"no aggregator is named 'plain-her': did you mean 'plain-here'\? \(imported: .* and bricks\)",
+        ),
+        (
+            [],
+            '[sweep]\n"client.modules.0" = ["adam", "divided-her"]',
+            r"\[sweep\]: .* no module is named 'divided-her'.*\(imported: functional_optimodules and bricks\)",
+        ),
+        (
+            [("bricks:make", "regression:make"), ('"momentum"', '"divided-here"')],
+            "",
+            r"\(imported: functional_optimodules and regression\)$",
+        ),
+        ([("bricks:make", "digits"), ('"momentum"', '"divided-here"')], "", r"\(imported: functional_optimodules\)$"),
+    ],
+)
+def test_a_plug_in_that_nobody_declares_is_named_with_the_modules_that_were_imported(
+    bricks: Write, capsys: pytest.CaptureFixture[str], changes: list[tuple[str, str]], more: str, message: str
+) -> None:
+    assert main(["run", str(bricks(*changes, more=more)), "--dry-run"]) == 2
+    assert re.search(message, capsys.readouterr().err.strip())
 
 
 @pytest.mark.parametrize(

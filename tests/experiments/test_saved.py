@@ -1,7 +1,15 @@
 """A folder of an experiment: overridden, held by one run, whole when the disk is full; compared and tried dry."""
 
+import contextlib
+import errno
+import functools
+import io
+import itertools
 import json
-from collections.abc import Callable
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +21,7 @@ from functional_optimodules.experiments import saved
 from functional_optimodules.experiments.config import Experiment
 from functional_optimodules.experiments.grouping import simulation_of
 from functional_optimodules.experiments.run import run_experiment
+from functional_optimodules.experiments.simulation import Simulation
 from functional_optimodules.experiments.traffic import Traffic
 
 Write = Callable[..., Path]
@@ -117,26 +126,137 @@ def test_two_runs_in_one_folder_are_refused(regression: Write) -> None:
         pass
 
 
+class Killed(BaseException):
+    """What ends a process, which no code of it sees."""
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextlib.contextmanager
+def cut(folder: Path, number: int, error: BaseException) -> Iterator[None]:
+    """Let the write of that number into a folder fail half done; what kills comes at renames and removals too."""
+    writes, real = itertools.count(1), {"open": io.open, "replace": os.replace, "unlink": os.unlink}
+
+    def due(path: Any) -> bool:
+        return isinstance(path, Path) and folder in path.parents and next(writes) == number
+
+    def opened(path: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if mode[0] in "wa" and due(path):
+            with real["open"](path, mode, encoding="utf-8") as file:
+                file.write('{"cut')
+            raise error
+        return real["open"](path, mode, *args, **options)
+
+    def renamed(name: str, path: Any, *args: Any) -> None:
+        if isinstance(error, Killed) and due(path):
+            raise error
+        real[name](path, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(io, "open", opened)
+        for name in ("replace", "unlink"):
+            patch.setattr(os, name, functools.partial(renamed, name))
+        yield
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
 @pytest.mark.slow
-def test_a_full_disk_leaves_what_was_saved_and_the_error_says_so(
-    regression: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("error", "writes"), [(Killed(), 19), (FULL, 11)])
+def test_cut_off_at_any_write_a_run_goes_on_and_leaves_the_same_bits(
+    regression: Write, monkeypatch: pytest.MonkeyPatch, error: BaseException, writes: int
 ) -> None:
-    path, write = regression(), saved.write
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    path = regression()
+    run(path, "whole")
+    for number in itertools.count(1):
+        folder = path.parent / f"cut-{number}"
+        try:
+            with cut(folder, number, error):
+                run(path, folder.name)
+            break
+        except (Killed, OSError):
+            pass
+        run(path, folder.name)
+        assert contents(folder) == contents(path.parent / "whole"), number
+    assert number == writes + 1
 
-    def fill(folder: Path, config: Any, runs: Any) -> None:
-        if len(runs[0]["rows"]) == 4:
-            (folder / "state.partial").symlink_to("/dev/full")
-        write(folder, config, runs)
 
-    monkeypatch.setattr(saved, "write", fill)
-    output = path.parent / "out"
-    assert main(["run", str(path), "--output", str(output)]) == 2
-    assert "No space left on device: the state after 2 rounds, saved before, is whole" in capsys.readouterr().err
-    assert not (output / "state.partial").is_symlink()
-    monkeypatch.undo()
-    rows, said = run(path)
-    assert said[0].startswith("Resuming after 2 of 4 rounds")
-    assert rows == run(path, "again")[0]
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("client.lrate=0.01",)])
+def test_cut_off_as_it_goes_on_a_run_is_not_taken_for_the_finished_one_that_it_was(
+    regression: Write, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    path, longer = regression(), regression(("count = 4", "count = 6"), name="longer.toml")
+    run(path, "ended")
+    shutil.copytree(path.parent / "ended", path.parent / "whole")
+    run(longer, "whole", *more)
+    for number in itertools.count(1):
+        folder = path.parent / f"cut-{number}"
+        shutil.copytree(path.parent / "ended", folder)
+        try:
+            with cut(folder, number, Killed()):
+                run(longer, folder.name, *more)
+            break
+        except Killed:
+            run(longer, folder.name, *more)
+        assert contents(folder) == contents(path.parent / "whole"), number
+    assert number > 10
+
+
+def test_a_full_disk_leaves_what_was_saved_and_the_error_says_so(
+    regression: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = regression()
+    with cut(path.parent / "out", 7, FULL):
+        assert main(["run", str(path), "--output", str(path.parent / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "out: No space left on device: the state after 2 rounds, saved before, is whole" in error
+    assert len(saved.read(path.parent / "out")[1][0]["rows"]) == 2
+    with cut(path.parent / "new", 1, FULL), pytest.raises(OSError, match="No space left on device: no round was saved"):
+        run(path, "new")
+    assert list((path.parent / "new").iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_a_round_is_run(
+    regression: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Simulation, "advance", never)
+    path = regression()
+    (path.parent / "file").touch()
+    with pytest.raises(OSError, match=r"cannot make the folder .*file: File exists"):
+        run(path, "file")
+    with pytest.raises(OSError, match=r"cannot make the folder .*file/out: Not a directory"):
+        run(path, "file/out")
+    (path.parent / "out").mkdir()
+    (path.parent / "out" / "state.json.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"cannot write to .*out: No space left on device: no round was saved before"):
+        run(path)
+
+
+@pytest.mark.slow
+def test_a_folder_without_a_round_is_begun_anew_whatever_it_was_to_be(regression: Write) -> None:
+    path = regression(("lrate = 0.05", "lrate = 1e38"))
+    with pytest.raises(FloatingPointError):
+        run(path)
+    assert main(["compare", str(path.parent / "out")]) == 2
+    assert len(run(regression())[0]) == 4
+
+
+@pytest.mark.slow
+def test_fewer_rounds_than_there_are_is_refused(regression: Write) -> None:
+    path = regression()
+    with cut(path.parent / "out", 14, Killed()), pytest.raises(Killed):
+        run(path)
+    with pytest.raises(ValueError, match=r"out holds 4 rounds of this experiment, and rounds.count=3 here"):
+        run(regression(("count = 4", "count = 3")))
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"experiment": {}, "runs": [{}]}', '{"experiment": {}, "runs'])
@@ -177,6 +297,16 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(
     assert "2 of 4 clients in a round, 2 to 4 local steps each" in printed
     assert "16 bytes of parameters; in each run at most 128 bytes down and 128 up" in printed
     assert {each for each in path.parent.iterdir() if each.name != "__pycache__"} == before
+
+
+def test_a_dry_run_of_what_cannot_run_says_nothing_but_why(
+    regression: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = regression(more="[sweep]\nrounds.participants = [2, 9]\n")
+    assert main(["run", str(path), "--dry-run"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "participants=9 should be from 1 to the 4 clients" in printed.err
 
 
 def test_what_is_shared_by_turns_is_counted_in_its_turn() -> None:

@@ -1,6 +1,7 @@
 """Several runs of one file: which there are, what shares a program, and that each is what it would be alone."""
 
 import csv
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from functional_optimodules.experiments import saved, simulation
 from functional_optimodules.experiments.config import Experiment
-from functional_optimodules.experiments.grouping import simulations
+from functional_optimodules.experiments.grouping import simulations, split
 from functional_optimodules.experiments.run import run_experiment
 from functional_optimodules.experiments.simulation import Simulation
 from functional_optimodules.experiments.summary import summarize
@@ -29,8 +30,8 @@ def programs(path: Path) -> list[Simulation]:
     return simulations(trials(Experiment.read(path)), path.parent)
 
 
-def run(path: Path, output: str) -> list[dict[str, Any]]:
-    return run_experiment(path, path.parent / output, say=lambda line: None, progress=False)
+def run(path: Path, output: str, *overrides: str) -> list[dict[str, Any]]:
+    return run_experiment(path, path.parent / output, overrides, say=lambda line: None, progress=False)
 
 
 @pytest.mark.slow
@@ -51,10 +52,10 @@ def test_rates_betas_and_seeds_are_one_program_and_its_runs_are_those_of_each_al
 @pytest.mark.slow
 def test_other_values_of_a_sweep_compile_nothing(regression: Write) -> None:
     run(regression(more=SWEEP), "first")
-    compiled = simulation._advanced._cache_size()
+    compiled = simulation.advanced._cache_size()
     other = SWEEP.replace("[0.02, 0.05]", "[0.01, 0.03]").replace("[0, 0.5]", "[0.1, 0.9]")
     run(regression(more=other, name="other.toml"), "second")
-    assert simulation._advanced._cache_size() == compiled
+    assert simulation.advanced._cache_size() == compiled
 
 
 @pytest.mark.slow
@@ -88,23 +89,32 @@ def test_seeds_whose_clients_are_of_other_sizes_share_a_program_where_batches_bo
     assert len(programs(everything)) > 1
 
 
-@pytest.mark.slow
-def test_a_sweep_that_was_cut_off_goes_on_with_identical_results(
-    regression: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = regression(more=SWEEP + 'rounds.aggregation = ["mean", "median"]')
-    run(path, "whole")
+@pytest.fixture
+def after_a_piece(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return what runs a file, and interrupts it when it has saved a first piece of rounds."""
     add = saved.History.add
 
     def stop(self: saved.History, rows: list[Any]) -> None:
         add(self, rows)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(saved.History, "add", stop)
+    def interrupted(path: Path, output: str, *overrides: str) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(saved.History, "add", stop)
+            with pytest.raises(KeyboardInterrupt):
+                run(path, output, *overrides)
+
+    return interrupted
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_cut_off_goes_on_with_identical_results(
+    regression: Write, after_a_piece: Callable[..., None]
+) -> None:
+    path = regression(more=SWEEP + 'rounds.aggregation = ["mean", "median"]')
+    run(path, "whole")
     for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            run(path, "cut")
-    monkeypatch.undo()
+        after_a_piece(path, "cut")
     run(path, "cut")
     whole, cut = (saved.read(path.parent / name)[1] for name in ("whole", "cut"))
     assert whole == cut
@@ -112,6 +122,43 @@ def test_a_sweep_that_was_cut_off_goes_on_with_identical_results(
         list(csv.DictReader((path.parent / name / "history.csv").read_text().splitlines())) for name in ("whole", "cut")
     ]
     assert sorted(map(str, rows[0])) == sorted(map(str, rows[1]))
+
+
+@pytest.mark.slow
+def test_another_value_comes_in_at_the_same_round_of_all_runs(
+    regression: Write, after_a_piece: Callable[..., None]
+) -> None:
+    path = regression(more='[sweep]\nrounds.aggregation = ["mean", "median"]')
+    after_a_piece(path, "out")
+    with pytest.raises(
+        ValueError, match=r"out stand after 0 to 2 rounds, and --override .* --override rounds.count=2 alone"
+    ):
+        run(path, "out", "client.lrate=0.01")
+    run(path, "out", "rounds.count=2")
+    shutil.copytree(path.parent / "out", path.parent / "cut")
+    expected = run(path, "out", "client.lrate=0.01")
+    after_a_piece(path, "cut", "client.lrate=0.01")
+    assert run(path, "cut", "client.lrate=0.01") == expected  # though one run's state is of the former rate still
+    assert saved.read(path.parent / "cut") == saved.read(path.parent / "out")
+    with pytest.raises(FileExistsError, match="finished run"):
+        run(path, "cut", "client.lrate=0.01")
+
+
+@pytest.mark.slow
+def test_runs_of_one_program_that_were_cut_off_at_different_rounds_go_on_apart(
+    regression: Write, after_a_piece: Callable[..., None]
+) -> None:
+    path = regression(more="[sweep]\nserver.lrate = [0.5, 1.0]")
+    after_a_piece(path, "out", "rounds.mapping=mesh")  # by which runs are programs of their own
+    (together,) = programs(path)
+    assert [len(each.trials) for each in split(together, [2, 2])] == [2]
+    assert [[trial.label for trial in each.trials] for each in split(together, [2, 0])] == [
+        ["server.lrate=0.5"],
+        ["server.lrate=1.0"],
+    ]
+    for row, expected in zip(run(path, "out"), run(path, "whole"), strict=True):
+        for name, value in expected.items():
+            np.testing.assert_allclose(row[name], value, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
