@@ -76,9 +76,14 @@ MODULES = [
 REGULARIZERS = [(name, config) for name in ("fedprox", "lasso", "ridge") for config in ({}, {"alpha": 0.7})]
 
 
+def of_the_reference(plugins):
+    """Leave out our bricks, which `functional_optimodules.integrations.declearn` registers with the reference."""
+    return {name: plugin for name, plugin in plugins.items() if not name.startswith("fo-")}
+
+
 def test_every_plugin_of_the_reference_is_compared():
-    assert {name for name, _ in MODULES} == set(reference.list_optim_modules())
-    assert {name for name, _ in REGULARIZERS} == set(reference.list_optim_regularizers())
+    assert {name for name, _ in MODULES} == of_the_reference(reference.list_optim_modules()).keys()
+    assert {name for name, _ in REGULARIZERS} == of_the_reference(reference.list_optim_regularizers()).keys()
     assert {name for name, _ in SCHEDULERS} == set(reference.list_rate_schedulers()) - {"constant"}
 
 
@@ -91,7 +96,7 @@ def test_every_plugin_of_the_reference_is_compared():
     ],
 )
 def test_names_class_names_fields_and_defaults_are_those_of_the_reference(mine, theirs):
-    for name, plugin in theirs().items():
+    for name, plugin in of_the_reference(theirs()).items():
         if name == "constant":
             continue
         own = mine()[name]

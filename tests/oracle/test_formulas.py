@@ -165,6 +165,12 @@ def triangle(step, size):
     return position / size if position < size else 2 - position / size
 
 
+def sgdr(step, period, factor):
+    while step >= period:
+        step, period = step - period, period * factor
+    return 0.4 + 0.3 * math.cos(math.pi * step / period)
+
+
 SCHEDULERS = {
     "exponential-decay": (fo.ExponentialDecay(0.3, 0.9999), lambda u: 0.3 * 0.9999**u),
     "inverse-scaling": (fo.InverseScaling(0.3, 0.5), lambda u: 0.3 / math.sqrt(u + 1)),
@@ -179,6 +185,9 @@ SCHEDULERS = {
         fo.CosineAnnealingWarmRestarts(0.1, 0.7, 90, 0.9),
         lambda u: 0.1 + (0.7 * 0.9 ** (u // 90) - 0.1) / 2 * (1 + math.cos(math.pi * (u % 90) / 90)),
     ),
+    "sgdr": (fo.SGDR(0.1, 0.7, 90), lambda u: sgdr(u, 90, 1)),
+    "sgdr, doubled": (fo.SGDR(0.1, 0.7, 40, 2), lambda u: sgdr(u, 40, 2)),
+    "sgdr, by far": (fo.SGDR(0.1, 0.7, 80, 10**9), lambda u: sgdr(u, 80, 10**9)),
     "cyclic-triangular": (fo.CyclicTriangular(0.1, 0.7, 40), lambda u: 0.1 + 0.6 * triangle(u, 40)),
     "cyclic-triangular, halved": (
         fo.CyclicTriangular(0.1, 0.7, 40, decay=True),

@@ -91,6 +91,15 @@ RATES = {
         fo.CosineAnnealingWarmRestarts(base=0.0, max_lr=0.3, period=7),
         optax.join_schedules([optax.cosine_decay_schedule(0.3, 7)] * 3, [7, 14]),
     ),
+    "sgdr": (
+        fo.SGDR(base=0.03, max_lr=0.3, period=3, t_mult=2),
+        optax.sgdr_schedule(
+            [
+                {"init_value": 0.3, "peak_value": 0.3, "decay_steps": steps, "warmup_steps": 0, "end_value": 0.03}
+                for steps in (3, 6, 12, 24)
+            ]
+        ),
+    ),
     "warmup": (
         fo.Warmup(fo.CosineAnnealing(base=0.03, max_lr=0.3, duration=10), 5),
         optax.join_schedules(
