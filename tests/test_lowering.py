@@ -64,6 +64,7 @@ def lower_aggregator(aggregator: Aggregator) -> None:
     lower(take, stacked, weights, aggregator.init(delta))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLUGINS)
 def test_every_plug_in_is_lowered_for_every_platform(name: str) -> None:
     plugin = next(iter(instances(PLUGINS[name]).values()))
@@ -77,6 +78,7 @@ def test_what_calls_the_host_is_not_lowered() -> None:
         lower(lambda x: jax.pure_callback(lambda y: y, x, x), jnp.ones(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapping", ["scan", 3, clients_mesh(jax.devices()[:1])], ids=["scan", "chunks", "mesh"])
 def test_a_round_with_every_place_filled_is_lowered_for_every_platform(mapping: Any) -> None:
     federation, params, stats = everything(mapping)

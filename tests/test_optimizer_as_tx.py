@@ -95,6 +95,7 @@ def reference():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place",
     [

@@ -242,6 +242,7 @@ def test_a_restarted_client_may_come_back_with_another_container() -> None:
     assert other.collect_aux_var() == client.collect_aux_var()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restart", ["", "client before delivery", "client in mid-round"])
 @pytest.mark.parametrize("num_clients", [len(CLIENTS), None])
 def test_lost_uploads_that_are_retracted_leave_the_servers_variate_the_mean_of_the_clients(

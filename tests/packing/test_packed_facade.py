@@ -244,6 +244,7 @@ def test_gradients_of_another_shape_are_refused_though_their_buffers_end_alike()
         fo.AdamModule().run(None, tree)
 
 
+@pytest.mark.slow
 def test_packed_and_plain_arguments_may_be_mixed_in_one_call_and_results_have_the_form_of_what_was_given():
     few, tree, other = {"a": jnp.ones(3), "b": jnp.ones(2)}, fo.pack(PARAMS), fo.pack(PARAMS, small=12)
     assert isinstance(fo.AdamModule().run(fo.pack(few), few), fo.Packed)
@@ -257,6 +258,7 @@ def test_packed_and_plain_arguments_may_be_mixed_in_one_call_and_results_have_th
     close(fo.unpack(optimizer.apply_gradients(other, tree)), expected)
 
 
+@pytest.mark.slow
 def test_an_optax_module_that_is_put_bare_on_packed_parameters_gives_each_parameter_to_optax():
     module, tree = fo.OptaxModule("lamb"), fo.pack(PARAMS)
     expected, _ = module.update(PARAMS, module.init(PARAMS), PARAMS)

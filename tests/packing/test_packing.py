@@ -174,6 +174,7 @@ class Centered(fo.OptiModule, register=False):
         return updates, optax.TraceState(jax.tree.map(jnp.add, state.trace, updates))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("brick", [Centered(), fo.L2Clipping(1.0), fo.GaussianNoiseModule(seed=1)])
 def test_what_is_done_to_each_parameter_is_done_to_it_as_the_model_has_it(brick):
     params = layers(12)
@@ -189,6 +190,7 @@ def test_what_is_done_to_each_parameter_is_done_to_it_as_the_model_has_it(brick)
         jax.tree.map(close, packed_state, state)
 
 
+@pytest.mark.slow
 def test_an_optimizer_packs_the_gradients_of_packed_parameters():
     optimizer = fo.Optimizer(0.1, w_decay=0.01, modules=["adam", Centered()])
     params = layers(12)
@@ -286,6 +288,7 @@ def test_what_a_brick_says_of_its_methods_it_does_not_say_of_those_that_replace_
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), fo.unpack(found), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("brick", [fo.L2Clipping(0.5), fo.OptaxModule("lion"), fo.AdamModule()])
 def test_a_packed_part_of_a_tree_is_treated_as_the_tree_that_it_stands_for(brick):
     plain = {"body": layers(6), "head": jnp.ones(3)}
