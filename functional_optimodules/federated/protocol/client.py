@@ -313,6 +313,7 @@ class Client(Alone):
             "name": self.name,
             "settled": journal.settled,
             "waiting": None if journal.waiting is None else journal.waiting[0],
+            "heard": None if journal.heard is None else list(dataclasses.astuple(journal.heard)),
             "kept": journal.kept is not None,
             "specs": None if pair is None else [None if tree is None else Specs.of(tree).to_json() for tree in pair],
         }
@@ -338,10 +339,16 @@ class Client(Alone):
         about = found.about
         if found.kind != "client":
             raise ValueError(f"{what} is that of a {quote(found.kind)}")
-        require_keys(about, ("federation", "name", "settled", "waiting", "kept", "specs"), what)
+        require_keys(about, ("federation", "name", "settled", "waiting", "heard", "kept", "specs"), what)
         if about["name"] != self.name:
             raise ValueError(f"{what} is that of the client {quote(about['name'])}")
         saving.require_alike(about["federation"], self.federation, changed, what)
+        settled, last, told = about["settled"], about["waiting"], about["heard"]
+        if not _is_count(settled) or not (last is None or _is_count(last)) or type(about["kept"]) is not bool:
+            raise ValueError(f"{what} has {quote({name: about[name] for name in ('settled', 'waiting', 'kept')})}")
+        if told is not None and not (isinstance(told, list) and len(told) == 4 and all(map(_is_count, told[:3]))):
+            raise ValueError(f"{what} says it has heard {quote(told)}: expected an era, a round, an id and a pass")
+        heard = None if told is None else Call(told[0], told[1], told[2], first=bool(told[3]))
         journal: Journal[Rows] = Journal()
         specs = None
         if about["specs"] is not None:
@@ -353,8 +360,8 @@ class Client(Alone):
             rows = {"kept": like if about["kept"] else None, "waiting": like if about["waiting"] else None}
             parts = jax.tree.map(jnp.asarray, found.tree(self._parts(specs, rows)))
             read = {name: None if row is None else self._row(specs, parts.get(name, {})) for name, row in rows.items()}
-            waiting = None if read["waiting"] is None else (about["waiting"], read["waiting"])
-            journal = Journal(read["kept"], about["settled"], waiting)
+            waiting = None if read["waiting"] is None else (last, read["waiting"])
+            journal = Journal(read["kept"], settled, waiting, heard)
         self.journal, self._specs, self._work = journal, specs, None
 
     def _parts(self, specs: Specs, rows: Mapping[str, Rows | None]) -> dict[str, PyTree]:
@@ -440,6 +447,10 @@ class Client(Alone):
 
 # Of what does not move the state, nobody asks whether it has arrived.
 _UNSETTLED = 1
+
+
+def _is_count(value: Json) -> bool:
+    return type(value) is int and 0 <= value < 2**53
 
 
 def _specs_within(message: Message, prefix: str) -> Specs | None:

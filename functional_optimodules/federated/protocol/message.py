@@ -5,7 +5,7 @@ A message is data: it has a JSON form, and a binary one, of the layout
     bytes 0 to 7      b"FOPMSG\\r\\n"
     bytes 8 to 11     the layout's version, 1: an unsigned integer, as all of them little-endian
     bytes 12 to 15    how many bytes the head takes
-    the head          JSON in UTF-8, deflated (RFC 1950):
+    the head          JSON in UTF-8, deflated (RFC 1950), and zeros:
                         {"about": {...}, "arrays": {path: [dtype, shape, {part: [dtype, size, offset]}]}}
     the arrays' parts from the first multiple of 64 on, to which the offsets are relative
 
@@ -32,7 +32,7 @@ from functional_optimodules.wire.paths import Specs, by_path, read_dtype, read_s
 
 _MAGIC, _VERSION = b"FOPMSG\r\n", 1
 _START = struct.Struct("<8sII")
-_ALIGNED, _LARGE = 64, 2**16
+_ALIGNED, _LARGE, _PAGE = 64, 2**16, 1024
 _MOST_HEAD = 2**24
 _MOST_PARTS = 3
 
@@ -118,7 +118,9 @@ class Message:
                 end += part.nbytes
             table[path] = [str(array.dtype), list(array.shape), parts]
         head = zlib.compress(json.dumps({"about": self.about, "arrays": table}, allow_nan=False).encode())
-        begin = _aligned(_START.size + len(head))
+        # What is the same in the messages to several clients lies at the same place, for those who carry it to see.
+        begin = _aligned(_START.size + len(head), _PAGE if end >= _LARGE else _ALIGNED)
+        head = head.ljust(begin - _START.size, b"\0")
         made = bytearray(begin + end)
         made[: _START.size + len(head)] = _START.pack(_MAGIC, _VERSION, len(head)) + head
         view = memoryview(made)
@@ -173,8 +175,8 @@ def opened(message: Carried) -> Message:
     raise TypeError(f"a message is a Message, its JSON values or its bytes, not {type(message).__name__}")
 
 
-def _aligned(size: int) -> int:
-    return size + -size % _ALIGNED
+def _aligned(size: int, to: int = _ALIGNED) -> int:
+    return size + -size % to
 
 
 def _read_head(data: memoryview) -> Mapping[str, Json]:

@@ -203,3 +203,16 @@ def test_scaffnew_s_variates_sum_to_zero_whatever_is_lost(seed, tmp_path):
     variates = begun_variates(clients, server)
     assert np.abs(variates).max() > 0.05
     np.testing.assert_allclose(variates.sum(0), 0, atol=1e-5)
+
+
+def test_a_restored_client_still_refuses_an_old_broadcast(tmp_path):
+    server, clients = peers(scaffold())
+    old = server.broadcast()["a"].to_bytes()
+    run_round(server, clients)
+    run_round(server, clients)
+    clients["a"].save(tmp_path)
+    twin = Client(scaffold(), "a", DATA["a"])
+    twin.load(tmp_path)
+    with pytest.raises(StaleMessageError, match="is of round 0: expected one of round 1 or later"):
+        twin.begin(old)
+    assert twin.journal.waiting[0] == server.ledger.tell("a")
