@@ -64,6 +64,7 @@ class Shared(NamedTuple):
       mean_gradient: the participants' mean gradient at the parameters; `None` if nobody asks for it.
       aggregation: what the aggregation has kept.
       given: what the caller says of each, and who they are.
+      place: where what the broadcast has for each client is this one's; `None` for its number.
     """
 
     params: Params
@@ -76,6 +77,7 @@ class Shared(NamedTuple):
     mean_gradient: PyTree
     aggregation: PyTree
     given: Given
+    place: jax.Array | None = None
 
 
 def _batches(federation: "Federation", shared: Shared, data: PyTree, index: jax.Array, slot: jax.Array) -> Batches:
@@ -299,7 +301,7 @@ def walk_round(
 ) -> tuple[Params, Own, Walked]:
     """Take a client's local steps: return its parameters and what it has before them, and what is after them."""
     start = sides.whole(shared.params, own, shared.round)
-    own = sides.hear(shared.broadcast, who, own, start)
+    own = sides.hear(shared.broadcast, who if shared.place is None else shared.place, own, start)
     stats = sides.stats.whole(shared.stats, own.stats)
     key = jax.random.fold_in(shared.key, who)
     return start, own, _take_steps(federation.loss_fn, sides.client, shared, start, own.client, stats, batches, key)

@@ -202,17 +202,17 @@ def _mask_by_path(mask: Json, what: str) -> Callable[[PyTree], PyTree]:
     entries = {keystr(path): node for path, node in nodes}
     for path, node in entries.items():
         if not isinstance(node, bool):
-            raise ValueError(f"{what} should be a boolean at {path!r}, not {quote(node)}")
+            raise ValueError(f"{what} should be a boolean at {quote(path)}, not {quote(node)}")
 
     def call(tree: PyTree) -> PyTree:
         chosen = []
         for path in leaf_paths(tree):
             entry = next((entry for entry in entries if f"{path}/".startswith(f"{entry}/")), None)
             if entry is None:
-                raise ValueError(f"{what} says nothing of the parameter {path!r}: it names {sorted(entries)}")
+                raise ValueError(f"{what} says nothing of the parameter {path!r}: it names {quote(sorted(entries))}")
             chosen.append(entry)
         if unused := sorted(entries.keys() - set(chosen)):
-            raise ValueError(f"{what} names {unused[0]!r}, and there are the parameters {leaf_paths(tree)}")
+            raise ValueError(f"{what} names {quote(unused[0])}, and there are the parameters {quote(leaf_paths(tree))}")
         return jax.tree.unflatten(jax.tree.structure(tree), [entries[entry] for entry in chosen])
 
     return call

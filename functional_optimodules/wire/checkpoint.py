@@ -11,12 +11,14 @@ a name that no other has; then one rename puts the description in the place of t
 are written and read one by one: of what is saved there is no second copy in memory.
 """
 
+import contextlib
 import json
 import math
 import os
 import secrets
+import weakref
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +36,8 @@ FORMAT = 1
 _NAME = "checkpoint.json"
 _DATA = "arrays-"
 _MOST_SHOWN = 20
+# A reader that comes between two writers looks again.
+_MOST_TRIES = 100
 
 
 def write_checkpoint(folder: str | Path, kind: str, about: Mapping[str, Json], tree: PyTree) -> None:
@@ -50,6 +54,11 @@ def write_checkpoint(folder: str | Path, kind: str, about: Mapping[str, Json], t
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        _replace(folder, kind, about, tree)
+
+
+def _replace(folder: Path, kind: str, about: Mapping[str, Json], tree: PyTree) -> None:
     name = f"{_DATA}{secrets.token_hex(8)}"
     draft = folder / f"{_NAME}-{name.removeprefix(_DATA)}"
     try:
@@ -62,6 +71,7 @@ def write_checkpoint(folder: str | Path, kind: str, about: Mapping[str, Json], t
             file.write(f'{{"crc32": {zlib.crc32(text.encode())}, "checkpoint": {text}}}\n'.encode())
             _flush(file)
         os.replace(draft, folder / _NAME)
+        _flush_folder(folder)
     except OSError as error:
         for path in (folder / name, draft):
             path.unlink(missing_ok=True)
@@ -81,6 +91,32 @@ def _write(file: BinaryIO, leaf: Any) -> dict[str, Json]:
     if isinstance(leaf, jax.Array) and is_key(leaf):
         told["generator"] = generator_name(leaf)
     return {**told, "crc32": zlib.crc32(raw.data)}
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process, or thread, at a time write to a folder."""
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        yield
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Let the names in a folder outlive the machine's power, where a folder can be opened."""
+    with contextlib.suppress(PermissionError):
+        place = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(place)
+        finally:
+            os.close(place)
 
 
 def _flush(file: BinaryIO) -> None:
@@ -121,14 +157,14 @@ class Checkpoint:
       folder: where it is.
       kind: what it is a checkpoint of.
       about: what it is about.
-      data: the file of its arrays.
+      file: the file of its arrays, open.
       arrays: the arrays by path.
     """
 
     folder: Path
     kind: str
     about: Mapping[str, Any]
-    data: Path
+    file: int
     arrays: Mapping[str, Saved]
 
     @classmethod
@@ -140,6 +176,15 @@ class Checkpoint:
           ValueError: if it is damaged, or of another format.
         """
         folder = Path(folder)
+        for _ in range(_MOST_TRIES):
+            checkpoint = cls._described(folder)
+            if checkpoint is not None:
+                return checkpoint
+        raise ValueError(f"the checkpoint {folder / _NAME} is damaged: the file of its arrays is missing")
+
+    @classmethod
+    def _described(cls, folder: Path) -> "Checkpoint | None":
+        """Return what a folder says of its checkpoint; `None` if its arrays are gone: another one was written."""
         what = f"the checkpoint {folder / _NAME}"
         try:
             text = (folder / _NAME).read_bytes()
@@ -161,10 +206,21 @@ class Checkpoint:
         name, arrays = checkpoint["data"], checkpoint["arrays"]
         if not isinstance(name, str) or not name.startswith(_DATA) or Path(name).name != name:
             raise ValueError(f"{what} is damaged: its arrays are in {quote(name)}")
-        data = folder / name
-        size = data.stat().st_size if data.exists() else 0
-        found = {path: _saved(told, size, f"{what}, {quote(path)},") for path, told in arrays.items()}
-        return cls(folder, checkpoint["kind"], checkpoint["about"], data, found)
+        if not isinstance(arrays, Mapping) or not isinstance(checkpoint["about"], Mapping):
+            raise ValueError(f"{what} is damaged: its arrays are {quote(arrays)}, about {quote(checkpoint['about'])}")
+        try:
+            file = os.open(folder / name, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        size = os.fstat(file).st_size
+        try:
+            found = {path: _saved(told, size, f"{what}, {quote(path)},") for path, told in arrays.items()}
+        except ValueError:
+            os.close(file)
+            raise
+        made = cls(folder, checkpoint["kind"], checkpoint["about"], file, found)
+        weakref.finalize(made, os.close, file)
+        return made
 
     def table(self) -> str:
         """Return what it is about, and a table of its arrays: the path, what it is, and how many bytes it takes."""
@@ -179,7 +235,7 @@ class Checkpoint:
         """Read the arrays into a tree.
 
         Args:
-          like: a tree of arrays of the shapes and dtypes that are expected.
+          like: a tree of arrays, or their shapes, as they are expected; of PRNG keys, keys.
           only: patterns of the paths to read, as `matching` takes them: the rest is as in `like`.
 
         Raises:
@@ -193,8 +249,7 @@ class Checkpoint:
             raise ValueError(
                 f"the checkpoint in {self.folder} is of another kind: {'; '.join(differences[:_MOST_SHOWN])}{more}"
             )
-        with self.data.open("rb") as file:
-            read = {path: self._read(file, path, leaf) if path in chosen else leaf for path, leaf in expected.items()}
+        read = {path: self._read(path, leaf) if path in chosen else leaf for path, leaf in expected.items()}
         return Specs.of(like).tree(read)
 
     def _differences(self, expected: Mapping[str, Any], chosen: frozenset[str], partial: bool) -> list[str]:
@@ -208,14 +263,16 @@ class Checkpoint:
                 found.append(f"{path!r} is {self.arrays[path]}, and {_like(expected[path])} here")
         return found
 
-    def _read(self, file: BinaryIO, path: str, like: Any) -> Any:
+    def _read(self, path: str, like: Any) -> Any:
         saved = self.arrays[path]
         values: HostArray = np.empty(saved.spec.shape, saved.spec.dtype)
         raw = values.reshape(-1).view(np.uint8)
-        file.seek(saved.offset)
-        if file.readinto(raw.data) != saved.nbytes or zlib.crc32(raw.data) != saved.crc32:  # type: ignore[attr-defined]
+        done = 0
+        while done < saved.nbytes and (got := os.preadv(self.file, [raw[done:].data], saved.offset + done)):
+            done += got
+        if done != saved.nbytes or zlib.crc32(raw.data) != saved.crc32:
             raise ValueError(f"the checkpoint in {self.folder} is damaged: {path!r} has another checksum")
-        return from_words(values, like) if isinstance(like, jax.Array) else values
+        return from_words(values, like) if is_key(like) else values
 
 
 def _saved(told: Json, size: int, what: str) -> Saved:
@@ -234,4 +291,4 @@ def _like(leaf: Any) -> Saved:
     if isinstance(leaf, jax.Array) and is_key(leaf):
         raw = jax.eval_shape(words, leaf)
         return Saved(Spec(raw.shape, raw.dtype), 0, 0, generator_name(leaf))
-    return Saved(Spec(np.shape(leaf), leaf.dtype), 0, 0, None)
+    return Saved(Spec(leaf.shape, leaf.dtype), 0, 0, None)

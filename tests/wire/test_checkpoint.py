@@ -1,10 +1,12 @@
 """A checkpoint is the old one or the new one, says what differs, and is never taken for what it is not."""
 
+import contextlib
 import errno
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +27,9 @@ def tree(scale=1.0):
 
 
 def same(left, right):
-    raw = lambda leaf: np.asarray(
-        jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-    )  # noqa: E731
+    def raw(leaf):
+        return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+
     return all((raw(a) == raw(b)).all() for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
 
 
@@ -71,10 +73,8 @@ def test_whenever_the_process_dies_the_old_or_the_new_is_there(tmp_path, monkeyp
     real = getattr(os, call)
     with monkeypatch.context() as patched:
         patched.setattr(os, call, dying)
-        try:
+        with contextlib.suppress(Killed):
             write_checkpoint(tmp_path, "test", {"round": 2}, tree(2.0))
-        except Killed:
-            pass
     number = Checkpoint.open(tmp_path).about["round"]
     assert same(read(tmp_path), tree(float(number)))
     write_checkpoint(tmp_path, "test", {"round": 3}, tree(3.0))
@@ -91,7 +91,7 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatc
 
     with monkeypatch.context() as patched:
         patched.setattr(os, call, full)
-        with pytest.raises(OSError, match="No space left on device: .* has what it had before") as caught:
+        with pytest.raises(OSError, match=r"No space left on device: .* has what it had before") as caught:
             write_checkpoint(tmp_path, "test", {"round": 2}, tree(2.0))
     assert caught.value.errno == errno.ENOSPC
     assert same(read(tmp_path), tree())
@@ -104,7 +104,7 @@ def test_a_byte_that_was_changed_anywhere_is_found(tmp_path):
         whole = path.read_bytes()
         for index in range(0, len(whole) - 1, 3):
             path.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
-            with pytest.raises(ValueError, match="damaged|format|dtype|cut short|shape"):
+            with pytest.raises(ValueError, match=r"damaged|format|dtype|cut short|shape"):
                 read(tmp_path)
         path.write_bytes(whole)
     assert same(read(tmp_path), tree())
@@ -116,7 +116,7 @@ def test_a_file_that_was_cut_anywhere_is_found(tmp_path):
         whole = path.read_bytes()
         for size in range(0, len(whole) - 1, 5):
             path.write_bytes(whole[:size])
-            with pytest.raises(ValueError, match="damaged|cut short"):
+            with pytest.raises(ValueError, match=r"damaged|cut short"):
                 read(tmp_path)
         path.write_bytes(whole)
 
@@ -138,7 +138,7 @@ def test_each_difference_is_named(tmp_path):
 
 def test_keys_of_another_generator_are_refused(tmp_path):
     write_checkpoint(tmp_path, "test", {}, tree() | {"cipher": jax.random.key(5)})
-    with pytest.raises(ValueError, match="'cipher' is fry keys as uint32|'cipher' is threefry2x32 keys|'cipher' is "):
+    with pytest.raises(ValueError, match="'cipher' is threefry2x32 keys"):
         read(tmp_path)
 
 
@@ -172,6 +172,19 @@ def test_a_folder_without_one_says_so(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(FileNotFoundError, match=r"has no checkpoint: expected a checkpoint\.json in it"):
             Checkpoint.open(folder)
+
+
+def test_several_writers_and_readers_of_one_folder_leave_a_whole_checkpoint(tmp_path):
+    write_checkpoint(tmp_path, "test", {"round": 0}, tree(0.0))
+
+    def work(number):
+        write_checkpoint(tmp_path, "test", {"round": number}, tree(float(number)))
+        found = Checkpoint.open(tmp_path)
+        assert same(found.tree(tree(0.0)), tree(float(found.about["round"])))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(40)))
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 MEMORY = """

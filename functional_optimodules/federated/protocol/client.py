@@ -4,13 +4,13 @@
     Fit: the local steps of a `Federation`'s round; or steps by one's own loop
     Report: the delta and auxiliary variables; what it keeps waits until this is known to count
 
-It does the work of a simulated participant: `walk_round` and `send`, on the same key.
+It does the work of a simulated participant, `walk_round` and `send`, on the same key. What counts, and
+what does not, is in `delivery`.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,28 +21,28 @@ import jax.numpy as jnp
 from functional_optimodules.config.fields import require_keys
 from functional_optimodules.config.outside import quote
 from functional_optimodules.federated import saving
-from functional_optimodules.federated.checks import Given
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.execution import Rows
-from functional_optimodules.federated.loss import Averages, Metrics
+from functional_optimodules.federated.loss import Metrics
 from functional_optimodules.federated.models import ModelLoss
-from functional_optimodules.federated.participant import Shared, Walked, full_gradient, learned, send, take_part
+from functional_optimodules.federated.participant import Shared
 from functional_optimodules.federated.protocol.alone import Alone, alone
 from functional_optimodules.federated.protocol.delivery import Call, Journal
 from functional_optimodules.federated.protocol.message import Carried, Message, opened
-from functional_optimodules.federated.protocol.travel import Down, Shapes, Up
-from functional_optimodules.federated.sides import Own, sides_of
-from functional_optimodules.federated.state import fresh_row
-from functional_optimodules.packing.policy import worthwhile
-from functional_optimodules.packing.tree import unpack
+from functional_optimodules.federated.protocol.programs import Begun, ClientPrograms, client_programs, params_of
+from functional_optimodules.federated.protocol.reports import read_metrics
+from functional_optimodules.federated.protocol.travel import Down
 from functional_optimodules.types import Json, Params, PyTree, Updates
 from functional_optimodules.wire.checkpoint import Checkpoint, write_checkpoint
+from functional_optimodules.wire.limits import limits
 from functional_optimodules.wire.paths import PathTree, Spec, Specs, specs_from_json
 
 if TYPE_CHECKING:
     from functional_optimodules.federated.federation import Federation
 
-_ABOUT = ("kind", "era", "round", "id", "to", "client", "clients", "taken")
+_ABOUT = ("kind", "era", "id", "round", "to", "client", "clients", "taken")
+# Of a report that moves no state, nobody asks whether it has arrived.
+_UNSETTLED = 1
 
 
 @dataclass
@@ -51,17 +51,16 @@ class Work:
 
     Attributes:
       about: what the server's message is about.
-      shared: what the participants share.
-      lost: whether the client has lost what the server reckons with, and can but say so.
-      begun: before its first step of its own: the parameters then, what it has, and where it is.
+      shared: what the participants share; `None` for a client that has lost what the server reckons with,
+        and can but say so.
+      begun: where it is, once it has taken a step of its own.
       steps: how many steps of its own it has taken.
       report: what it reported.
     """
 
     about: Mapping[str, Any]
-    shared: Shared
-    lost: bool
-    begun: tuple[Params, Own, Walked] | None = None
+    shared: Shared | None
+    begun: Begun | None = None
     steps: int = 0
     report: Message | None = None
 
@@ -80,6 +79,7 @@ class Client(Alone):
     Attributes:
       federation: what the server was made from, too.
       name: the client's name.
+      data: its examples, if it has some.
       journal: what it keeps, and what of that counts.
     """
 
@@ -98,8 +98,8 @@ class Client(Alone):
           ValueError: as `FederatedData.from_clients` does.
         """
         super().__init__()
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"Client: name={quote(name)} should be a name")
+        if not isinstance(name, str) or not 0 < len(name) <= limits().name:
+            raise ValueError(f"Client: name={quote(name)} should be a name, of at most {limits().name} characters")
         self.federation = dataclasses.replace(federation, mapping=None)
         self.name = name
         self.data = None if data is None else FederatedData.from_clients([data])
@@ -116,61 +116,67 @@ class Client(Alone):
           message: the message, in any form.
 
         Returns:
-          The parameters to begin from, with what the client keeps for itself.
+          The parameters to begin from, with what the client keeps for itself; `None` if it has lost what
+          the server reckons with (see `lost`).
 
         Raises:
-          StaleMessageError: if it is of an earlier round than the last one; a `ValueError`.
+          StaleMessageError: if it is older than one that was heard; a `ValueError`.
           KeyError, TypeError, ValueError: if it is malformed, or for another client. Nothing changes then.
         """
         what = f"Client {self.name!r}: the message"
         received = opened(message)
         about = self._read_about(received, what)
-        call = Call(about["era"], about["round"], about["id"], about["kind"] == "first")
+        call = Call(about["era"], about["id"], about["round"], first=about["kind"] == "first")
         if not self.journal.is_new(call, what) and self._work is not None:
             return self.params
-        specs = self._specs or self._specs_within(received, what)
-        programs = _programs(self.federation, specs)
-        down = self._read(programs.shapes, received, what)
-        who = jnp.int32(about["client"])
-
-        def fresh() -> Rows:
-            params, stats = down.initial or jax.tree.map(jnp.zeros_like, programs.start)
-            return programs.fresh(params, stats, who)
-
-        if about["taken"] == 0 and self.journal.kept is None and down.initial is None and programs.shapes.down.initial:
-            raise ValueError(f"{what} lacks what a client begins from")
-        self._specs = specs
-        lost = not self.journal.hear(call, about["taken"], fresh)
-        if not lost and down.after is not None and self.journal.kept is not None:
-            self.journal.kept = programs.learned(self.journal.kept, down.after, about["round"])
-        self._work = Work(about, programs.shared(down, about, who), lost)
+        # On copies, which take the place of what is there once all is done.
+        journal, specs, shared = dataclasses.replace(self.journal), self._specs, None
+        how = journal.hear(call, about["taken"])
+        # What a client keeps of its parameters is not in each message, and their shapes are not known without.
+        if how != "lost" or specs is not None or not self.federation.local:
+            specs = specs or self._specs_within(received, what)
+            programs, who = client_programs(self.federation, specs), jnp.int32(about["client"])
+            down = self._read(programs, received, what)
+            if how == "anew" or (how == "lost" and not programs.sides.kept):  # nothing that it could have lost
+                if down.initial is None and programs.shapes.down.initial is not None:
+                    raise ValueError(f"{what} lacks what a client begins from")
+                journal.kept, journal.settled, how = programs.fresh(down, who), about["taken"], "anew"
+            elif how == "on" and down.after is not None:
+                journal.kept = programs.learned(cast(Rows, journal.kept), down.after, about["round"])
+            if how != "lost":
+                shared = programs.shared(down, about["round"], who)
+        self.journal, self._specs, self._work = journal, specs, Work(about, shared)
         return self.params
 
     @property
+    def lost(self) -> bool:
+        """Whether the client has lost what the server reckons with, and can but say so, by `report`."""
+        return self._work is not None and self._work.shared is None
+
+    @property
     def params(self) -> Params:
-        """The parameters where the client is in its round, with what it keeps for itself.
+        """The parameters where the client is in its round, with what it keeps for itself; `None` if it is `lost`.
 
         Raises:
           ValueError: before any round.
         """
-        work, programs = self._at_work()
+        work = self._at_work()
         if work.begun is not None:
-            return unpack(work.begun[2].y)
-        if work.lost:
-            return unpack(work.shared.params)
-        return programs.begin(work.shared, self.journal.kept)[0]
+            return params_of(work.begun)
+        return None if work.shared is None else params_of(self._begun(work.shared))
 
     @alone
     def fit(self) -> Metrics:
         """Take the round's local steps on the client's data, as a `Federation` does.
 
         Returns:
-          The averages of its metrics over the examples that it stepped over; none in a first pass.
+          The averages of its metrics over the examples that it stepped over; none in a first pass, or if it is
+          `lost`.
 
         Raises:
           ValueError: before any round, or of a client without data, or one that has taken steps of its own.
         """
-        work, programs = self._at_work()
+        work = self._at_work()
         if self.data is None:
             raise ValueError(f"Client {self.name!r} has no data: give it some, or call `apply_gradients` for each step")
         if work.begun is not None:
@@ -178,16 +184,16 @@ class Client(Alone):
                 f"Client {self.name!r} has taken {work.steps} steps of its own in this round: `report` them"
             )
         if work.report is None:
-            if work.lost:
-                self._say(work, "lost", {}, 0.0, {})
+            kept, examples = self.journal.kept, float(self.data.largest)
+            if work.shared is None:
+                self._say("lost", {}, 0.0, {})
             elif work.about["kind"] == "first":
-                up, examples = programs.gradient(work.shared, self.data, self.journal.kept)
-                self._say(work, "gradient", up, float(examples), {})
+                self._say("gradient", self._programs.gradient(work.shared, self.data, kept), examples, {})
             else:
-                up, examples, metrics, kept = programs.fit(work.shared, self.data, self.journal.kept)
-                self._say(work, "report", up, float(examples), metrics, kept)
-        metrics = work.report.about["metrics"] if work.report else {}
-        return {name: jnp.float32(math.nan if value is None else value) for name, value in metrics.items()}
+                up, metrics, kept = self._programs.fit(work.shared, self.data, kept)
+                self._say("report", up, examples, metrics, kept)
+        told = cast(Message, work.report).about["metrics"]
+        return {name: jnp.float32(math.nan if value is None else value) for name, value in told.items()}
 
     @alone
     def apply_gradients(self, gradients: Updates, *, stats: PyTree = None, **known: PyTree) -> Params:
@@ -203,33 +209,32 @@ class Client(Alone):
 
         Raises:
           TypeError: if a brick asks for something else.
-          ValueError: before any round, in a first pass, or if gradients are not as the parameters are.
+          ValueError: before any round, in a first pass, if it is `lost`, or if gradients are not as the
+            parameters are.
         """
-        work, programs = self._at_work()
-        if work.about["kind"] == "first":
-            raise ValueError(
-                f"Client {self.name!r}: this pass asks for a gradient, not for steps: `report(gradient=...)`"
-            )
+        work, what = self._at_work(), f"Client {self.name!r}"
         if work.report is not None:
-            raise ValueError(f"Client {self.name!r} has reported in this round: `begin` the next one")
+            raise ValueError(f"{what} has reported in this round: `begin` the next one")
+        if work.shared is None:
+            raise ValueError(f"{what} has lost what the server reckons with, and takes no steps: `report` says so")
+        if work.about["kind"] == "first":
+            raise ValueError(f"{what}: this pass asks for a gradient, not for steps: `report(gradient=...)`")
+        programs = self._programs
         given = {"mean_gradient": work.shared.mean_gradient, "coin": work.shared.coin, **known}
         asked = programs.sides.client.brick.asks().step - {"lrate"}
         if missing := sorted(name for name in asked if given.get(name) is None):
+            raise TypeError(f"{what}: a brick asks for {missing}: pass `apply_gradients(..., {missing[0]}=...)`")
+        if unknown := sorted(known.keys() - {"anchor_gradient"}):
             raise TypeError(
-                f"Client {self.name!r}: a brick asks for {missing}: pass `apply_gradients(..., {missing[0]}=...)`"
+                f"{what}: `apply_gradients` takes no {unknown[0]!r}: what is left to say is 'anchor_gradient'"
             )
-        if work.lost:
-            return self.params
-        params, stats_specs = programs.start
-        Specs.of(params).require_shapes(gradients, f"Client {self.name!r}: the gradients")
-        if stats is not None:
-            Specs.of(stats_specs).require_shapes(stats, f"Client {self.name!r}: the model's state")
-        if work.begun is None:
-            _, *begun = programs.begin(work.shared, self.journal.kept)
-            work.begun = tuple(begun)  # type: ignore[assignment]
-        start, own, walked = work.begun  # type: ignore[misc]
-        walked = programs.step(gradients, walked, {name: given[name] for name in asked})
-        work.begun = start, own, walked if stats is None else walked._replace(stats=stats)
+        params, state = programs.start
+        for name, tree, like in (("gradients", gradients, params), ("model's state", stats, state)):
+            self._require_like(name, tree, like)
+        self._require_like("anchor_gradient", known.get("anchor_gradient"), params)
+        begun = work.begun or self._begun(work.shared)
+        walked = programs.step(gradients, begun.walked, {name: given[name] for name in asked})
+        work.begun = begun._replace(walked=walked if stats is None else walked._replace(stats=stats))
         work.steps += 1
         return self.params
 
@@ -237,7 +242,7 @@ class Client(Alone):
     def report(
         self,
         *,
-        examples: float = 1.0,
+        examples: float | None = None,
         metrics: Mapping[str, float] | None = None,
         gradient: PyTree = None,
         full_gradient: PyTree = None,
@@ -247,49 +252,61 @@ class Client(Alone):
         Of a client with data that has taken no steps, those of `fit` are taken.
 
         Args:
-          examples: how many examples the client has, of one with a loop of its own.
+          examples: how many examples the client has, of one with a loop of its own and no data; needed where
+            they count.
           metrics: what its loop measured, by name.
-          gradient: in a first pass, that of its mean loss at the parameters.
+          gradient: in a first pass of such a loop, that of its mean loss at the parameters.
           full_gradient: likewise, where a brick asks for it at a round's end.
 
         Raises:
           TypeError: if a brick asks for something that was not given.
-          ValueError: before any round, or if nothing was done in it.
+          ValueError: before any round, or if nothing was done in it, or for what is not of its kind.
         """
-        work, programs = self._at_work()
-        if work.report is None and work.begun is None and self.data is not None:
-            self.fit()
+        work, what = self._at_work(), f"Client {self.name!r}"
         if work.report is not None:
             return work.report
-        first = work.about["kind"] == "first"
-        if work.lost:
-            self._say(work, "lost", {}, 0.0, {})
-        elif first:
+        if work.shared is None:
+            self._say("lost", {}, 0.0, {})
+        elif work.about["kind"] == "first" and (gradient is not None or self.data is None):
             if gradient is None:
-                raise TypeError(f"Client {self.name!r}: this pass asks for a gradient: `report(gradient=...)`")
-            self._say(work, "gradient", programs.told(gradient), examples, {})
+                raise TypeError(f"{what}: this pass asks for a gradient: `report(gradient=...)`")
+            self._require_like("gradient", gradient, self._programs.start[0])
+            self._say("gradient", self._programs.told(gradient), self._examples(examples), {})
         elif work.begun is None:
-            raise ValueError(f"Client {self.name!r} has done nothing in this round: `fit`, or `apply_gradients`")
+            if self.data is None:
+                raise ValueError(f"{what} has done nothing in this round: `fit`, or `apply_gradients`")
+            if examples is not None or metrics is not None:
+                raise ValueError(f"{what}: `fit` knows its examples and its metrics: leave both out")
+            self.fit()
         else:
-            asked = programs.sides.client.brick.asks().end | programs.sides.uplink.brick.asks().step
-            if full_gradient is None and "full_gradient" in asked:
-                raise TypeError(
-                    f"Client {self.name!r}: a brick asks for the gradient over all data: `report(full_gradient=...)`"
-                )
-            up, told, kept = programs.end(work.shared, work.begun, examples, work.steps, full_gradient)
-            self._say(work, "report", up, examples, {**told, **(metrics or {})}, kept)
-        assert work.report is not None
-        return work.report
+            sides = self._programs.sides
+            if (
+                full_gradient is None
+                and "full_gradient" in sides.client.brick.asks().end | sides.uplink.brick.asks().step
+            ):
+                raise TypeError(f"{what}: a brick asks for the gradient over all data: `report(full_gradient=...)`")
+            self._require_like("full_gradient", full_gradient, self._programs.start[0])
+            measured = {name: float(value) for name, value in (metrics or {}).items()}
+            finite = {name: value if math.isfinite(value) else None for name, value in measured.items()}
+            own, count = read_metrics(finite, f"{what}: `report`"), self._examples(examples)
+            up, told, kept = self._programs.end(work.shared, work.begun, count, work.steps, full_gradient)
+            self._say("report", up, count, {**told, **own}, kept)
+        return cast(Message, work.report)
 
     @alone
     def model(self) -> Any:
-        """Return the client's model: the parameters, with what it keeps for itself, as `Federation.model` does."""
-        work, programs = self._at_work()
-        params, stats = self.params, work.shared.stats
-        if work.begun is not None:
-            stats = work.begun[2].stats
-        elif not work.lost:
-            stats = programs.begin(work.shared, self.journal.kept)[3].stats
+        """Return the client's model: the parameters, with what it keeps for itself, as `Federation.model` does.
+
+        Raises:
+          ValueError: before any round, or if it is `lost`.
+        """
+        work = self._at_work()
+        if work.shared is None:
+            raise ValueError(
+                f"Client {self.name!r} has lost what the server reckons with: it has no model in this round"
+            )
+        begun = work.begun or self._begun(work.shared)
+        params, stats = params_of(begun), begun.walked.stats
         loss = self.federation.loss_fn
         if isinstance(loss, ModelLoss):
             return loss.put_together(params, stats)
@@ -312,14 +329,16 @@ class Client(Alone):
             "federation": saving.describe(self.federation),
             "name": self.name,
             "settled": journal.settled,
-            "waiting": None if journal.waiting is None else journal.waiting[0],
-            "heard": None if journal.heard is None else list(dataclasses.astuple(journal.heard)),
+            "waiting": [ticket for ticket, _ in journal.waiting],
+            "heard": None if journal.heard is None else list(map(int, dataclasses.astuple(journal.heard))),
             "kept": journal.kept is not None,
             "specs": None if pair is None else [None if tree is None else Specs.of(tree).to_json() for tree in pair],
         }
-        rows = {"kept": journal.kept, "waiting": None if journal.waiting is None else journal.waiting[1]}
-        tree = {} if specs is None else self._parts(specs, rows)
-        write_checkpoint(folder, "client", about, tree)
+        rows = {f"waiting/{index}": row for index, (_, row) in enumerate(journal.waiting)}
+        rows |= {} if journal.kept is None else {"kept": journal.kept}
+        write_checkpoint(
+            folder, "client", about, {name: self._programs.saved(row) for name, row in rows.items() if row}
+        )
 
     @alone
     def load(self, folder: str | Path, *, changed: Collection[str] = ()) -> None:
@@ -343,57 +362,74 @@ class Client(Alone):
         if about["name"] != self.name:
             raise ValueError(f"{what} is that of the client {quote(about['name'])}")
         saving.require_alike(about["federation"], self.federation, changed, what)
-        settled, last, told = about["settled"], about["waiting"], about["heard"]
-        if not _is_count(settled) or not (last is None or _is_count(last)) or type(about["kept"]) is not bool:
-            raise ValueError(f"{what} has {quote({name: about[name] for name in ('settled', 'waiting', 'kept')})}")
-        if told is not None and not (isinstance(told, list) and len(told) == 4 and all(map(_is_count, told[:3]))):
-            raise ValueError(f"{what} says it has heard {quote(told)}: expected an era, a round, an id and a pass")
-        heard = None if told is None else Call(told[0], told[1], told[2], first=bool(told[3]))
-        journal: Journal[Rows] = Journal()
-        specs = None
-        if about["specs"] is not None:
-            params, stats = (None if told is None else specs_from_json(told, what) for told in about["specs"])
-            specs = self._specs_of(cast(Specs, params), stats)
-            sides = _programs(self.federation, specs).sides
-            start: Any = jax.tree.unflatten(specs.treedef, specs.leaves)
-            like = sides.row(sides.fresh(*jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), start)))
-            rows = {"kept": like if about["kept"] else None, "waiting": like if about["waiting"] else None}
-            parts = jax.tree.map(jnp.asarray, found.tree(self._parts(specs, rows)))
-            read = {name: None if row is None else self._row(specs, parts.get(name, {})) for name, row in rows.items()}
-            waiting = None if read["waiting"] is None else (last, read["waiting"])
-            journal = Journal(read["kept"], settled, waiting, heard)
+        settled, tickets, heard = about["settled"], about["waiting"], about["heard"]
+        for name, value in (("settled", [settled]), ("waiting", tickets), ("heard", heard or [0] * 4)):
+            if not isinstance(value, list) or not all(map(_is_count, value)) or (name == "heard" and len(value) != 4):
+                raise ValueError(f"{what} has {name}: {quote(about[name])}")
+        if not isinstance(about["kept"], bool) or ((about["kept"] or tickets) and about["specs"] is None):
+            raise ValueError(f"{what} has kept: {quote(about['kept'])}, of parameters {quote(about['specs'])}")
+        call = None if heard is None else Call(heard[0], heard[1], heard[2], first=bool(heard[3]))
+        journal: Journal[Rows] = Journal(None, settled, (), call)
+        specs = self._specs_saved(about["specs"], what)
+        if specs is not None:
+            programs = client_programs(self.federation, specs)
+            like = programs.saved_like()
+            names = (["kept"] if about["kept"] else []) + [f"waiting/{index}" for index in range(len(tickets))]
+            parts = jax.tree.map(jnp.asarray, found.tree({name: like for name in names if like}))
+            rows = {name: programs.restored(parts.get(name, {})) for name in names}
+            journal.kept = rows.pop("kept", None)
+            journal.waiting = tuple(zip(tickets, rows.values(), strict=True))
         self.journal, self._specs, self._work = journal, specs, None
 
-    def _parts(self, specs: Specs, rows: Mapping[str, Rows | None]) -> dict[str, PyTree]:
-        """Return rows by the names of their parts, as they are over the parameters' own container."""
-        sides = _programs(self.federation, specs).sides
-        return {
-            name: {part: sides.client.portable(tree) for part, tree in sides.parts(row).items()}
-            for name, row in rows.items()
-            if row
-        }
+    def _specs_saved(self, saved: Json, what: str) -> Specs | None:
+        """Return the container of the parameters and of the model's state, as a checkpoint has their shapes."""
+        if saved is None:
+            return None
+        if not isinstance(saved, list) or len(saved) != 2 or saved[0] is None:
+            raise ValueError(f"{what} has parameters and a state of shapes {quote(saved)}")
+        params, stats = (None if each is None else specs_from_json(each, what) for each in saved)
+        return self._specs_of(cast(Specs, params), stats)
 
-    def _row(self, specs: Specs, parts: Mapping[str, PyTree]) -> Rows:
-        sides = _programs(self.federation, specs).sides
-        return sides.as_row([sides.client.adopt(parts[name], kept) for name, kept in sides.kept.items()])
-
-    def _at_work(self) -> tuple[Work, "_Programs"]:
-        if self._work is None or self._specs is None:
+    def _at_work(self) -> Work:
+        if self._work is None:
             raise ValueError(f"Client {self.name!r} has heard of no round: `begin` one with a message of the server")
-        return self._work, _programs(self.federation, self._specs)
+        return self._work
+
+    @property
+    def _programs(self) -> ClientPrograms:
+        return client_programs(self.federation, cast(Specs, self._specs))
+
+    def _begun(self, shared: Shared) -> Begun:
+        return self._programs.begin(shared, self.journal.kept)
+
+    def _examples(self, examples: float | None) -> float:
+        """Return how many examples there are."""
+        if self.data is not None and examples is None:
+            return float(self.data.largest)
+        asked = self.federation.client.asks().end.union(*(module.asks().step for module in self.federation.uplink))
+        count = self.federation.weighting == "examples" or not asked.isdisjoint({"examples", "weight"})
+        if examples is None and count:
+            raise TypeError(f"Client {self.name!r}: how many examples it has counts: `report(examples=...)`")
+        number = 1.0 if examples is None else float(examples)
+        if not 0 <= number < 1e12:
+            raise ValueError(f"Client {self.name!r}: examples={examples!r} should be a number of at least 0")
+        return number
+
+    def _require_like(self, name: str, tree: PyTree, like: PyTree) -> None:
+        if tree is not None:
+            Specs.of(like).require_shapes(tree, f"Client {self.name!r}: what is given as {name}")
 
     def _say(
-        self, work: Work, kind: str, up: PyTree, examples: float, metrics: Mapping[str, Any], kept: Rows | None = None
+        self, kind: str, up: PyTree, examples: float, metrics: Mapping[str, Any], kept: Rows | None = None
     ) -> None:
-        ticket = self.journal.report(kept) if kept is not None else _UNSETTLED
+        work = self._at_work()
         numbers = {name: float(value) for name, value in metrics.items()}
         about: dict[str, Json] = {
+            **{name: work.about[name] for name in ("era", "id", "round")},
             "kind": kind,
-            "round": work.about["round"],
-            "id": work.about["id"],
             "from": self.name,
-            "ticket": ticket,
-            "examples": float(examples),
+            "ticket": _UNSETTLED if kept is None else self.journal.report(kept),
+            "examples": examples,
             "metrics": {name: value if math.isfinite(value) else None for name, value in numbers.items()},
         }
         work.report = Message.of(about, up)
@@ -405,19 +441,27 @@ class Client(Alone):
             raise ValueError(f"{what} is for {quote(about['to'])}")
         if about["kind"] not in ("first", "round"):
             raise ValueError(f"{what} is a {quote(about['kind'])}: expected 'first' or 'round'")
-        for name, most in (
-            ("era", 2**53),
-            ("round", 2**31),
-            ("id", 2**53),
-            ("taken", 2**53),
-            ("clients", 2**31),
-            ("client", 2**31),
-        ):
-            if type(about[name]) is not int or not 0 <= about[name] < most:
+        for name in ("era", "id", "round", "client", "clients", "taken"):
+            most = 2**31 if name in ("round", "client", "clients") else 2**53
+            if not _is_count(about[name]) or about[name] >= most:
                 raise ValueError(f"{what} has {name}={quote(about[name])}: expected an integer in [0, {most})")
         if about["client"] >= about["clients"]:
             raise ValueError(f"{what} says client {about['client']} of {about['clients']}: expected less")
         return about
+
+    def _specs_within(self, message: Message, what: str) -> Specs:
+        """Return the container of the parameters and of the model's state, from the first message."""
+        size = sum(math.prod(array.shape) * array.dtype.itemsize for array in message.arrays.values())
+        if len(message.arrays) > 3 * limits().leaves or size > 3 * limits().bytes:
+            raise ValueError(
+                f"{what} has {len(message.arrays)} arrays of {size} bytes: expected at most {3 * limits().leaves} and "
+                f"{3 * limits().bytes}, which `set_limits` sets"
+            )
+        params = _specs_below(message, "initial/0") or _specs_below(message, "params")
+        stats = _specs_below(message, "initial/1") or _specs_below(message, "stats")
+        if params is None:
+            raise ValueError(f"{what} has no parameters")
+        return self._specs_of(params, stats)
 
     def _specs_of(self, params: Specs, stats: Specs | None) -> Specs:
         """Return the container of the parameters and of the model's state, of which the paths are known."""
@@ -431,29 +475,17 @@ class Client(Alone):
             return Specs.of(loss.taken_apart(like))
         return Specs.of(like if stats is not None else (like, None))
 
-    def _specs_within(self, message: Message, what: str) -> Specs:
-        """Return the container of the parameters and of the model's state, from the first message."""
-        params = _specs_within(message, "initial/0") or _specs_within(message, "params")
-        stats = _specs_within(message, "initial/1") or _specs_within(message, "stats")
-        if params is None:
-            raise ValueError(f"{what} has no parameters")
-        return self._specs_of(params, stats)
-
-    def _read(self, shapes: Shapes, message: Message, what: str) -> Down:
+    def _read(self, programs: ClientPrograms, message: Message, what: str) -> Down:
         has = {path.split("/", 1)[0] for path in message.arrays}
-        down: Down = message.tree(shapes.sent(has, last=message.about["kind"] == "round"), what)
+        down: Down = message.tree(programs.shapes.sent(has, last=message.about["kind"] == "round"), what)
         return down
-
-
-# Of what does not move the state, nobody asks whether it has arrived.
-_UNSETTLED = 1
 
 
 def _is_count(value: Json) -> bool:
     return type(value) is int and 0 <= value < 2**53
 
 
-def _specs_within(message: Message, prefix: str) -> Specs | None:
+def _specs_below(message: Message, prefix: str) -> Specs | None:
     """Return the shapes of the arrays below a path; `None` if there is none."""
     leaves = PathTree()
     for path, array in message.arrays.items():
@@ -479,117 +511,3 @@ def _nested(specs: Specs) -> PyTree:
             raise ValueError(f"the path {quote(path)} leads through another parameter's")
         node[last] = spec
     return root
-
-
-class _Programs:
-    """The compiled parts of a client, for one federation and one kind of parameters.
-
-    Attributes:
-      start: the shapes of the parameters and of the model's state.
-      sides: both sides.
-      shapes: what messages must hold.
-      begin: `(shared, row) -> params, start, own, walked`.
-      fit: `(shared, data, row) -> up, examples, metrics, row`.
-      gradient: `(shared, data, row) -> up, examples`.
-      step: `(gradients, walked, known) -> walked`.
-      end: `(shared, begun, examples, steps, full_gradient) -> up, metrics, row`.
-    """
-
-    def __init__(self, federation: "Federation", params: Params, stats: PyTree) -> None:
-        self.federation, self.start = federation, (params, stats)
-        packing = None if federation.local or federation.fragments else worthwhile(params)
-        self.sides = sides_of(federation, params, stats, packing)
-        self.shapes = Shapes.of(federation, self.sides, params, stats)
-        self.begin, self.fit, self.gradient = jax.jit(self._begin), jax.jit(self._fit), jax.jit(self._gradient)
-        self.step, self.end = jax.jit(self._step), jax.jit(self._end)
-
-    def fresh(self, params: Params, stats: PyTree, who: jax.Array) -> Rows:
-        """Return the row of a client that begins anew."""
-        # Not compiled: keys are drawn from the system's entropy, where nothing says which.
-        return fresh_row(self.sides, self.sides.fresh(params, stats), who)
-
-    def learned(self, row: Rows, after: Params, now: int) -> Rows:
-        """Return the row of a client that was told the parameters of the round after its last report."""
-        held = self.sides.client.hold(jax.tree.map(jnp.asarray, after))
-        return learned(self.sides, row, held, jnp.int32(now))
-
-    def shared(self, down: Down, about: Mapping[str, Any], who: jax.Array) -> Shared:
-        """Return what the participants share, from what a client was sent."""
-        hold, total = self.sides.client.hold, about["clients"]
-        arrays: Down = jax.tree.map(jnp.asarray, down)
-
-        def widened(leaf: jax.Array) -> jax.Array:
-            return jnp.broadcast_to(leaf, (total, *leaf.shape))
-
-        weights = None if arrays.weight is None else arrays.weight[None]
-        return Shared(
-            params=hold(arrays.params),
-            stats=arrays.stats,
-            broadcast={name: aux.map_per_client(widened).map_shaped(hold) for name, aux in arrays.broadcast.items()},
-            key=jax.random.wrap_key_data(cast(jax.Array, arrays.key)),
-            round=jnp.int32(about["round"]),
-            coin=arrays.coin,
-            steps=arrays.steps,
-            mean_gradient=None if arrays.mean_gradient is None else hold(arrays.mean_gradient),
-            aggregation=(),
-            given=Given(who[None], None, None, weights, None),
-        )
-
-    def told(self, gradient: PyTree) -> Up:
-        """Return a gradient of a client's own in the form in which it travels."""
-        Specs.of(self.start[0]).require_shapes(gradient, "Client: the gradient")
-        shared = self.sides.shared(gradient) if self.sides.params.own else gradient
-        wide = jax.tree.map(lambda leaf, spec: jnp.asarray(leaf, spec.dtype), shared, self._gradient_shapes())
-        return Up(wide, {}, None)
-
-    def _gradient_shapes(self) -> PyTree:
-        return self.shapes.gradient.tree(self.shapes.gradient.by_path).delta
-
-    def _begin(self, shared: Shared, row: Rows) -> tuple[Params, Params, Own, Walked]:
-        sides = self.sides
-        own = sides.restored(row, shared.params)
-        start = sides.whole(shared.params, own, shared.round)
-        own = sides.hear(shared.broadcast, shared.given.participants[0], own, start)
-        stats = sides.stats.whole(shared.stats, own.stats)
-        return unpack(start), start, own, Walked(start, own.client, stats, Averages({}, jnp.float32(0)))
-
-    def _fit(self, shared: Shared, data: FederatedData, row: Rows) -> tuple[Up, jax.Array, Metrics, Rows]:
-        zero = jnp.int32(0)
-        sent, ended = take_part(self.federation, self.sides, shared, data, zero, zero, row)
-        return Up.of(self.sides, sent), sent.examples, sent.each, self.sides.row(self.sides.commit(ended))
-
-    def _gradient(self, shared: Shared, data: FederatedData, row: Rows) -> tuple[Up, jax.Array]:
-        zero, sides = jnp.int32(0), self.sides
-        own = sides.restored(row, shared.params)
-        gradient = full_gradient(self.federation, sides, own, shared, data, zero, zero)
-        return Up(sides.client.free(sides.shared(gradient)), {}, None), data.sizes[0].astype(jnp.float32)
-
-    def _step(self, gradients: Updates, walked: Walked, known: dict[str, PyTree]) -> Walked:
-        y, state = self.sides.client.apply(self.sides.client.hold(gradients), walked.state, walked.y, **known)
-        return walked._replace(y=y, state=state)
-
-    def _end(
-        self,
-        shared: Shared,
-        begun: tuple[Params, Own, Walked],
-        examples: jax.Array,
-        steps: jax.Array,
-        full_gradient: PyTree,
-    ) -> tuple[Up, Metrics, Rows]:
-        sides = self.sides
-        examples = jnp.float32(examples)
-        uniform = self.federation.weighting == "uniform"
-        weight = jnp.float32(1) if uniform else examples
-        if shared.given.weights is not None:
-            weight = jnp.asarray(shared.given.weights)[0]
-        known: dict[str, Callable[[], PyTree]] = {
-            "num_steps": lambda: jnp.int32(steps),
-            "full_gradient": lambda: sides.client.hold(full_gradient),
-        }
-        sent, ended = send(sides, shared, *begun, weight, examples, known)
-        return Up.of(sides, sent), sent.each, sides.row(sides.commit(ended))
-
-
-@functools.lru_cache(maxsize=32)
-def _programs(federation: "Federation", specs: Specs) -> _Programs:
-    return _Programs(federation, *jax.tree.unflatten(specs.treedef, specs.leaves))

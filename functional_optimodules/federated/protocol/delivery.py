@@ -1,18 +1,18 @@
 """Which reports count: both sides agree, whatever is lost, late, repeated, or done again after a crash.
 
     Client                                          Server
-      Init: settled = 0; waiting = none               Init: taken[client] = 0 for each client
+      Init: settled = 0; waiting = {}                 Init: taken[client] = 0 for each client
       Hear(taken):                                    Tell(client): taken[client], with each broadcast
-        taken is waiting's: settle what waits         Receive(client, ticket): the last one that arrives
-        taken is settled:   drop what waits             in the round stands
-        taken is 0:         begin anew                Finish: taken[client] = ticket, of each that stands
-        else:               it has lost its state     Lost(client): forget what it gave; taken[client] = 0
-      Report: waiting = a new ticket, and what it
+        taken is one that waits: settle that          Receive(client, ticket): the last one that arrives
+        taken is settled:        drop what waits        in the round stands
+        taken is 0:              begin anew           Finish: taken[client] = ticket, of each that stands
+        else:                    its state is lost    Lost(client): forget what it gave; taken[client] = 0
+      Report: waiting[a new ticket] = what it
         will have once the report is known to count
 
 A ticket is a number drawn at random for each report. So what was done again, by a client that
 was restored from an older copy, does not pass for what had arrived; and a server that was
-restored tells what it knows of, and no more.
+restored tells what it knows of, and no more. A client that does a round again waits for either report.
 
 A client that hears a ticket it knows nothing of cannot go on from where the server has it: its disk
 was lost, or the server went back by more than a round. It says so, and the server takes out of its sums what
@@ -23,15 +23,19 @@ Nothing here knows of arrays: what a client has, what it reports and what it gav
 """
 
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from functional_optimodules.config.outside import quote
 
 Kept = TypeVar("Kept")
 Given = TypeVar("Given")
 Report = TypeVar("Report")
+
+# Of a round that is done again and again, so many reports are waited for.
+_MOST_WAITING = 4
 
 
 class StaleMessageError(ValueError):
@@ -43,21 +47,30 @@ def draw_ticket() -> int:
     return 1 + secrets.randbelow(2**53 - 1)
 
 
+def next_era(last: int = 0) -> int:
+    """Return a number for a server that is made, or restored: larger than one before, by the clock in microseconds."""
+    return max(time.time_ns() // 1000, last + 1)
+
+
 @dataclass(frozen=True)
 class Call:
     """What tells a broadcast from any other.
 
     Attributes:
-      era: drawn when the server was made, or restored.
+      era: when the server was made, or restored; see `next_era`.
+      id: how many rounds it has begun since, this one included.
       round: the number of the round.
-      id: drawn when the round began.
       first: whether it asks for the first of two passes.
     """
 
     era: int
-    round: int
     id: int
+    round: int
     first: bool
+
+    def is_before(self, other: "Call") -> bool:
+        """Whether it was made before another."""
+        return (self.era, self.id, not self.first) < (other.era, other.id, not other.first)
 
 
 @dataclass
@@ -67,13 +80,13 @@ class Journal(Generic[Kept]):
     Attributes:
       kept: what it has, as of the report that is settled; `None` before it ever had anything.
       settled: the ticket of the last report that is known to count; 0 before any.
-      waiting: the ticket of the report of which nothing is known yet, and what it has if that counts.
+      waiting: the tickets of the reports of which nothing is known yet, each with what it has if that counts.
       heard: the last broadcast that it heard.
     """
 
     kept: Kept | None = None
     settled: int = 0
-    waiting: tuple[int, Kept] | None = None
+    waiting: tuple[tuple[int, Kept], ...] = ()
     heard: Call | None = None
 
     def is_new(self, call: Call, what: str) -> bool:
@@ -83,35 +96,43 @@ class Journal(Generic[Kept]):
           StaleMessageError: if it is older.
         """
         heard = self.heard
-        if heard is not None and call.era == heard.era and call.round < heard.round:
-            raise StaleMessageError(f"{what} is of round {call.round}: expected one of round {heard.round} or later")
+        if heard is not None and call.is_before(heard):
+            raise StaleMessageError(
+                f"{what} is of round {call.round}, and older than that of round {heard.round}, which was heard: "
+                "expected a later one"
+            )
         return call != heard
 
-    def hear(self, call: Call, taken: int, fresh: Callable[[], Kept]) -> bool:
+    def hear(self, call: Call, taken: int) -> Literal["on", "anew", "lost"]:
         """Hear a broadcast, and settle what the server has taken in.
 
         Args:
           call: which broadcast.
           taken: the ticket that it tells.
-          fresh: makes what a client has that begins anew.
 
         Returns:
-          Whether it can go on; otherwise it has lost what the server reckons with.
+          Whether the client goes on from `kept`; begins anew, and has yet to be given what it then has;
+          or has lost what the server reckons with.
         """
-        if self.waiting is not None and taken == self.waiting[0]:
-            self.settled, self.kept = self.waiting
-        elif taken == 0 and (self.settled or self.kept is None):
-            self.kept, self.settled = fresh(), 0
+        heard, found = self.heard, dict(self.waiting)
+        again = heard is not None and (call.era, call.id) == (heard.era, heard.id)
+        self.heard = call
+        if taken in found:
+            self.settled, self.kept, self.waiting = taken, found[taken], ()
+        elif taken == 0 and (self.settled or self.kept is None or heard is None or call.era != heard.era):
+            self.settled, self.kept, self.waiting = 0, None, ()
+            return "anew"
         elif taken != self.settled or self.kept is None:
-            self.heard = call
-            return False
-        self.waiting, self.heard = None, call
-        return True
+            return "lost"
+        elif not again:
+            self.waiting = ()
+        return "on"
 
     def report(self, kept: Kept) -> int:
         """Return the ticket of a new report, given what the client has if that counts."""
-        self.waiting = draw_ticket(), kept
-        return self.waiting[0]
+        ticket = draw_ticket()
+        self.waiting = (*self.waiting, (ticket, kept))[-_MOST_WAITING:]
+        return ticket
 
 
 @dataclass
@@ -128,6 +149,11 @@ class Gathering(Generic[Report]):
     clients: tuple[str, ...]
     arrived: dict[str, tuple[int, Report]] = field(default_factory=dict)
 
+    def require_client(self, client: str, what: str) -> None:
+        """Raise a `StaleMessageError` if a client takes no part in the round."""
+        if client not in self.clients:
+            raise StaleMessageError(f"{what}: expected reports of round {self.call.round} from {quote(self.clients)}")
+
     def require(self, client: str, about: Mapping[str, Any], what: str) -> None:
         """Check that a report answers this broadcast.
 
@@ -136,14 +162,13 @@ class Gathering(Generic[Report]):
           ValueError: if it says that it is another's.
         """
         call, kind = self.call, "gradient" if self.call.first else "report"
-        if client not in self.clients:
-            raise StaleMessageError(f"{what}: expected reports of round {call.round} from {quote(self.clients)}")
+        self.require_client(client, what)
         if about.get("from") != client:
             raise ValueError(f"{what} says that it is from {quote(about.get('from'))}")
-        if about.get("id") != call.id:
+        if (about.get("era"), about.get("id")) != (call.era, call.id):
             raise StaleMessageError(
-                f"{what} is of round {quote(about.get('round'))}, with the id {quote(about.get('id'))}: expected round "
-                f"{call.round}, with {call.id}"
+                f"{what} is of round {quote(about.get('round'))}, to broadcast {quote(about.get('id'))} of era "
+                f"{quote(about.get('era'))}: expected round {call.round}, to {call.id} of {call.era}"
             )
         if about.get("kind") not in (kind, "lost"):
             raise StaleMessageError(f"{what} is a {quote(about.get('kind'))}: expected a {kind!r}, or 'lost'")

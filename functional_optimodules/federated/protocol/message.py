@@ -33,7 +33,8 @@ from functional_optimodules.wire.paths import Specs, by_path, read_dtype, read_s
 _MAGIC, _VERSION = b"FOPMSG\r\n", 1
 _START = struct.Struct("<8sII")
 _ALIGNED, _LARGE, _PAGE = 64, 2**16, 1024
-_MOST_HEAD = 2**24
+# Of who does not know yet how many arrays there are.
+_MOST_HEAD = 2**22
 _MOST_PARTS = 3
 
 
@@ -88,12 +89,16 @@ class Message:
         return {"about": dict(self.about), "arrays": arrays}
 
     @classmethod
-    def from_json(cls, payload: Json) -> Self:
+    def from_json(cls, payload: Json, most_bytes: int | None = None) -> Self:
         """Read what `to_json` wrote.
+
+        Args:
+          payload: the JSON values.
+          most_bytes: how many characters its arrays may have at most; any number if `None`.
 
         Raises:
           KeyError: if a key is missing or unknown.
-          ValueError: if it is malformed.
+          ValueError: if it is malformed, or has more.
         """
         require_shallow(payload, "the message")
         if not isinstance(payload, Mapping):
@@ -102,6 +107,9 @@ class Message:
         about, arrays = payload["about"], payload["arrays"]
         if not isinstance(about, Mapping) or not isinstance(arrays, Mapping):
             raise ValueError("the message: 'about' and 'arrays' should be mappings")
+        size = sum(_characters(array) for array in arrays.values())
+        if most_bytes is not None and size > 2 * most_bytes:
+            raise ValueError(f"the message has arrays of {size} characters: expected at most {2 * most_bytes}")
         return cls(about, {path: _array_from_json(array, path) for path, array in arrays.items()})
 
     def to_bytes(self) -> bytes:
@@ -131,14 +139,20 @@ class Message:
         return bytes(made)
 
     @classmethod
-    def from_bytes(cls, data: bytes | bytearray | memoryview) -> Self:
-        """Read what `to_bytes` wrote. The arrays are views of the bytes.
+    def from_bytes(cls, data: bytes | bytearray | memoryview, most_head: int = _MOST_HEAD) -> Self:
+        """Read what `to_bytes` wrote. The arrays are views of the bytes; of those that may change, of a copy.
+
+        Args:
+          data: the bytes.
+          most_head: how many bytes its head may have, inflated.
 
         Raises:
           KeyError: if a key is missing or unknown.
-          ValueError: if it is malformed.
+          ValueError: if it is malformed, or has a larger head.
         """
         view = memoryview(data).cast("B")
+        if not view.readonly:
+            view = memoryview(bytes(view))
         if len(view) < _START.size:
             raise ValueError(f"the message has {len(view)} bytes: expected at least {_START.size}")
         magic, version, size = _START.unpack_from(view)
@@ -146,32 +160,45 @@ class Message:
             raise ValueError(f"the message begins with {magic!r}, version {version}: expected {_MAGIC!r}, {_VERSION}")
         if size > len(view) - _START.size:
             raise ValueError(f"the message has {len(view)} bytes, and its head alone should have {size}")
-        head = _read_head(view[_START.size : _START.size + size])
+        head = _read_head(view[_START.size : _START.size + size], most_head)
         body = view[min(_aligned(_START.size + size), len(view)) :]
         require_keys(head, ("about", "arrays"), "the message")
         if not isinstance(head["about"], Mapping) or not isinstance(head["arrays"], Mapping):
             raise ValueError("the message: 'about' and 'arrays' should be mappings")
-        return cls(head["about"], {path: _array_within(body, array, path) for path, array in head["arrays"].items()})
+        arrays = {path: _array_within(body, array, path) for path, array in head["arrays"].items()}
+        places = [(head["arrays"][path][2][name], part) for path, a in arrays.items() for name, part in a.parts.items()]
+        end = max((place[2] + part.nbytes for place, part in places), default=0)
+        if len(body) != end:
+            raise ValueError(f"the message has {len(body)} bytes of arrays: expected {end}")
+        return cls(head["about"], arrays)
 
 
 Carried: TypeAlias = Message | Mapping[str, Json] | bytes | bytearray | memoryview
 """A message in any of its forms."""
 
 
-def opened(message: Carried) -> Message:
+def opened(message: Carried, most_head: int = _MOST_HEAD, most_bytes: int | None = None) -> Message:
     """Return a message that came in any of its forms.
+
+    Args:
+      message: the message.
+      most_head: how many bytes the head of a binary one may have, inflated.
+      most_bytes: how many bytes it may have; any number if `None`.
 
     Raises:
       KeyError: if a key is missing or unknown.
       TypeError: if it is something else.
-      ValueError: if it is malformed.
+      ValueError: if it is malformed, or larger.
     """
     if isinstance(message, Message):
         return message
     if isinstance(message, bytes | bytearray | memoryview):
-        return Message.from_bytes(message)
+        size = memoryview(message).nbytes
+        if most_bytes is not None and size > most_bytes:
+            raise ValueError(f"the message has {size} bytes: expected at most {most_bytes}")
+        return Message.from_bytes(message, most_head)
     if isinstance(message, Mapping):
-        return Message.from_json(message)
+        return Message.from_json(message, most_bytes)
     raise TypeError(f"a message is a Message, its JSON values or its bytes, not {type(message).__name__}")
 
 
@@ -179,12 +206,12 @@ def _aligned(size: int, to: int = _ALIGNED) -> int:
     return size + -size % to
 
 
-def _read_head(data: memoryview) -> Mapping[str, Json]:
+def _read_head(data: memoryview, most: int) -> Mapping[str, Json]:
     reader = zlib.decompressobj()
     try:
-        text = reader.decompress(data, _MOST_HEAD)
+        text = reader.decompress(data, most)
         if not reader.eof:
-            raise ValueError(f"it is cut short, or longer than {_MOST_HEAD} bytes")
+            raise ValueError(f"it is cut short, or longer than {most} bytes")
         head = json.loads(text)
     except (zlib.error, ValueError, RecursionError) as error:
         raise ValueError(f"the message's head cannot be read: {quote(str(error))}") from None
@@ -206,6 +233,13 @@ def _array_within(body: memoryview, payload: Json, path: str) -> Coded:
         read_shape(sizes, what),
         {part: _part_within(body, place, f"{what}, {quote(part)}") for part, place in parts.items()},
     )
+
+
+def _characters(array: Json) -> int:
+    """Return how many characters the parts of an array have."""
+    parts = array.values() if isinstance(array, Mapping) else ()
+    texts = [part.get("data") for part in parts if isinstance(part, Mapping)]
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _part_within(body: memoryview, place: Json, what: str) -> HostArray:

@@ -9,85 +9,40 @@ that is lost, late, repeated or refused is one that did not arrive: see `deliver
 """
 
 import dataclasses
-import functools
 import math
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from functional_optimodules.aux_var import FromClients
 from functional_optimodules.config.fields import require_keys
 from functional_optimodules.config.outside import quote
 from functional_optimodules.federated import sampling, saving
 from functional_optimodules.federated.aggregation import WeightedSum
-from functional_optimodules.federated.checks import Given
-from functional_optimodules.federated.loss import RESERVED, Metrics
 from functional_optimodules.federated.options import History
-from functional_optimodules.federated.participant import Sent, Shared, learns, totals_of
+from functional_optimodules.federated.participant import Shared, learns
 from functional_optimodules.federated.protocol.alone import Alone, alone
 from functional_optimodules.federated.protocol.coding import Coded
-from functional_optimodules.federated.protocol.delivery import Call, Gathering, Ledger, StaleMessageError, draw_ticket
+from functional_optimodules.federated.protocol.delivery import Call, Gathering, Ledger, StaleMessageError, next_era
 from functional_optimodules.federated.protocol.message import Carried, Message, opened
-from functional_optimodules.federated.protocol.travel import Down, Shapes, Up
-from functional_optimodules.federated.round import share, step_server
-from functional_optimodules.federated.sides import sides_of
+from functional_optimodules.federated.protocol.programs import server_programs
+from functional_optimodules.federated.protocol.reports import Arrived, Bounds, read_report
+from functional_optimodules.federated.protocol.travel import Contribution, Down, Up
 from functional_optimodules.federated.state import FederationState, start
-from functional_optimodules.federated.totals import Totals
-from functional_optimodules.optimizer import Optimizer, OptimizerState
-from functional_optimodules.types import HostArray, Json, Params, PyTree
+from functional_optimodules.optimizer import OptimizerState
+from functional_optimodules.random.keys import is_key
+from functional_optimodules.types import Json, Params, PyTree
 from functional_optimodules.wire.checkpoint import Checkpoint, write_checkpoint
 from functional_optimodules.wire.limits import limits
-from functional_optimodules.wire.paths import Specs, by_path
+from functional_optimodules.wire.paths import Specs, by_path, matching
 
 if TYPE_CHECKING:
     from functional_optimodules.federated.federation import Federation
-
-_MOST_METRICS = 64
-
-
-class Contribution(NamedTuple):
-    """What a client has given, of what the server's bricks may have to forget.
-
-    Attributes:
-      delta: the sum of its deltas; `None` if no brick recalls it.
-      auxes: its auxiliary variables, merged, of those bricks that recall them.
-    """
-
-    delta: PyTree
-    auxes: dict[str, FromClients]
-
-    @classmethod
-    def of(cls, up: Up, server: Optimizer) -> "Contribution":
-        """Return what of a report the server's bricks may have to forget."""
-        channels = server.channels()
-        auxes = {name: aux for name, aux in up.auxes.items() if "aux" in channels[name].recalls()}
-        return cls(up.delta if "delta" in server.recalls() else None, auxes)
-
-    def add(self, other: "Contribution") -> "Contribution":
-        """Return what both come to."""
-        auxes = {name: aux.merge(other.auxes[name]) for name, aux in self.auxes.items()}
-        return Contribution(jax.tree.map(jnp.add, self.delta, other.delta), auxes)
-
-
-class Arrived(NamedTuple):
-    """A report that arrived.
-
-    Attributes:
-      lost: whether its client says that it has lost its state.
-      up: what it holds; `None` if that is lost, or not finite.
-      examples: how many the client has.
-      metrics: what it measured.
-    """
-
-    lost: bool
-    up: Up | None
-    examples: float
-    metrics: Mapping[str, float]
 
 
 @dataclass
@@ -107,19 +62,6 @@ class Round:
     server: OptimizerState
     shared: Shared
     common: Mapping[str, Coded]
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What of a client's report is refused, whatever else it says.
-
-    Attributes:
-      most_examples: how many examples a client may say it has.
-      most_bytes: how many bytes a message may have; `None` for twice what an uncompressed report takes, and 1 MiB.
-    """
-
-    most_examples: float = math.inf
-    most_bytes: int | None = None
 
 
 class Server(Alone):
@@ -166,30 +108,27 @@ class Server(Alone):
           ValueError: as `Federation.init` does; or if a name is repeated.
         """
         super().__init__()
-        names = [] if isinstance(clients, int) else list(clients)
-        if len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"Server: clients={quote(names)} should be different names")
-        total = clients if isinstance(clients, int) else len(names)
-        if isinstance(clients, bool) or total < 1:
-            raise ValueError(f"Server: clients={clients!r} should be their names, or their number of at least 1")
+        names = [] if _is_integer(clients) else list(cast(Sequence[str], clients))
+        total = operator.index(cast(int, clients)) if _is_integer(clients) else len(names)
+        if isinstance(clients, str | bool) or total < 1 or not _are_names(names):
+            raise ValueError(
+                f"Server: clients={quote(clients)} should be different names, or how many clients there are: at least 1"
+            )
         self.federation = dataclasses.replace(federation, mapping=None)
         self.bounds = bounds or Bounds()
         self.ledger: Ledger[Contribution] = Ledger()
         self.names: list[str] = names
         state, _, _ = start(self.federation, params, total, seed, stats)
-        self._programs = _programs(self.federation, Specs.of((state.params, state.stats)))
+        self._programs = server_programs(self.federation, Specs.of((state.params, state.stats)))
         kept = self.federation.aggregation.init(self._programs.sides.params.shared(state.params))
         self.state: FederationState = state._replace(packing=None, aggregation=kept)
-        shapes = self._programs.shapes
         # What one begins anew from, however late.
-        self._initial = None if shapes.down.initial is None else (state.params, state.stats)
+        self._initial = None if self._programs.shapes.down.initial is None else (state.params, state.stats)
         # For bricks that take in what came of a report: the round after each client's, and its parameters.
         self._following: dict[str, int] = {}
         self._after: dict[int, Params] = {}
         self._open: Round | None = None
-        self._era = draw_ticket()
-        plain = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes.report.leaves)
-        self._most_bytes = self.bounds.most_bytes or 2 * plain + 2**20
+        self._era, self._calls = next_era(), 0
 
     @property
     def round(self) -> int:
@@ -219,13 +158,13 @@ class Server(Alone):
           ValueError: if there are fewer clients, or not all names are known.
         """
         total = self.num_clients
-        if not isinstance(size, int) or not 1 <= size <= total:
+        if not _is_integer(size) or not 1 <= size <= total:
             raise ValueError(f"Server: size={size!r} should be from 1 to the {total} clients")
         if len(self.names) < total:
             raise ValueError(
                 f"Server: of {total} clients, {len(self.names)} are known by name: give `clients` their names"
             )
-        drawn = sampling.draw(sampling.round_key(self.state.key, self.state.round, total), total, size)
+        drawn = sampling.draw(sampling.round_key(self.state.key, self.state.round, total), total, int(size))
         return [self.names[index] for index in np.asarray(drawn).tolist()]
 
     @alone
@@ -248,7 +187,11 @@ class Server(Alone):
           ValueError: if a name is repeated or unknown, there are more names than clients, or none; if a weight
             is missing, negative or not finite, or all are 0; or if a round is under way with others.
         """
+        if isinstance(clients, str):
+            raise ValueError(f"Server: clients={clients!r} should be several names, as in [{clients!r}]")
         if self._open is not None:
+            if weights is not None and weights != self._open.weights:
+                raise ValueError(f"Server: round {self.round} is under way with weights {quote(self._open.weights)}")
             there = self._open.reports.clients
             chosen = there if clients is None else tuple(clients)
             if others := [name for name in chosen if name not in there]:
@@ -258,7 +201,7 @@ class Server(Alone):
                 )
             return {name: self._message(name) for name in chosen}
         chosen = tuple(self.names) if clients is None else tuple(clients)
-        if not chosen or len(set(chosen)) < len(chosen) or not all(isinstance(name, str) for name in chosen):
+        if not chosen or not _are_names(list(chosen)):
             raise ValueError(f"Server: clients={quote(list(chosen))} should be different names, at least one")
         new = [name for name in chosen if name not in self.names]
         if len(self.names) + len(new) > self.num_clients:
@@ -272,10 +215,12 @@ class Server(Alone):
                 raise ValueError(f"Server: weights={quote(dict(weights))} should be >= 0, one for each, and not all 0")
         self.names += new
         server, shared = self._programs.begin(self.state)
-        call = Call(self._era, self.round, draw_ticket(), first=self._programs.shapes.passes == 2)
+        self._calls += 1
+        call = Call(self._era, self._calls, self.round, first=self._programs.shapes.passes == 2)
         if learns(self.federation) and self.round in self._following.values():
             self._after[self.round] = shared.params
-        self._open = Round(Gathering(call, chosen), weights, server, shared, _common(shared))
+        told = None if weights is None else dict(weights)
+        self._open = Round(Gathering(call, chosen), told, server, shared, _common(shared))
         return {name: self._message(name) for name in chosen}
 
     @alone
@@ -294,12 +239,14 @@ class Server(Alone):
             "taken": dict(self.ledger.taken),
             "gave": sorted(self.ledger.given),
             "following": dict(self._following),
+            "era": self._era,
         }
         write_checkpoint(folder, "server", about, self._saved(sorted(self.ledger.given), self._after))
 
     def _saved(self, gave: Sequence[str], after: Collection[int]) -> dict[str, PyTree]:
         """Return what is kept of a server, to which some clients gave something."""
-        state = self.state
+        state, shapes = self.state, self._programs.shapes
+        nothing = Contribution.of(shapes.report.tree(shapes.report.by_path), self.federation.server)
         whole = {
             "params": state.params,
             "server": state.server,
@@ -308,8 +255,8 @@ class Server(Alone):
             "round": state.round,
             "key": state.key,
             "initial": self._initial,
-            "after": {str(number): self._after.get(number, self._programs.shared(state.params)) for number in after},
-            "given": {name: self.ledger.given.get(name, self._programs.no_contribution()) for name in gave},
+            "after": {str(number): self._after.get(number, shapes.down.params) for number in after},
+            "given": {name: self.ledger.given.get(name, nothing) for name in gave},
         }
         return {name: tree for name, tree in whole.items() if jax.tree.leaves(tree)}
 
@@ -330,28 +277,18 @@ class Server(Alone):
         """
         what = f"Server: the checkpoint in {folder}"
         found = Checkpoint.open(folder)
-        about = found.about
-        if found.kind != "server":
-            raise ValueError(f"{what} is that of a {quote(found.kind)}")
-        require_keys(about, ("federation", "names", "num_clients", "taken", "gave", "following"), what)
-        if not only:
-            saving.require_alike(about["federation"], self.federation, changed, what)
-            if about["num_clients"] != self.num_clients:
-                raise ValueError(f"{what} is of {quote(about['num_clients'])} clients: expected {self.num_clients}")
-        names, taken, gave, following = (about[name] for name in ("names", "taken", "gave", "following"))
-        if (
-            not _are_names(names)
-            or not _are_names(gave)
-            or not set(gave) <= set(names)
-            or len(names) > self.num_clients
-        ):
-            raise ValueError(f"{what} has clients named {quote(names)}, of which {quote(gave)} gave something")
-        for told in (taken, following):
-            if not isinstance(told, Mapping) or not all(name in names and type(t) is int for name, t in told.items()):
-                raise ValueError(f"{what} has {quote(told)}: expected a number for each of some of its clients")
-        # Of a round that was not begun yet there are no parameters.
-        after = {number for number in following.values() if f"after/{number}" in _folders(found.arrays)}
-        tree = found.tree(self._saved(*(([], ()) if only else (gave, after))), tuple(only))
+        names, taken, gave, following = self._read_about(found, changed, bool(only), what)
+        era: int = found.about["era"]
+        if only:
+            self._require_alone(matching(only, found.arrays, what), what)
+            tree = found.tree(self._saved([], ()), tuple(only))
+        else:
+            # Of a round that was not begun yet there are no parameters.
+            after = {
+                number for number in following.values() if any(p.startswith(f"after/{number}/") for p in found.arrays)
+            }
+            tree = found.tree(self._saved(gave, after))
+        _require_plausible(tree, self._saved([], ()), what)
         tree = jax.tree.map(jnp.asarray, tree)
         self.state = self.state._replace(**{name: tree[name] for name in self.state._fields if name in tree})
         if not only:
@@ -360,7 +297,39 @@ class Server(Alone):
             self.ledger = Ledger(dict(taken), tree.get("given", {}))
             self._following = dict(following)
             self._after = {int(number): params for number, params in tree.get("after", {}).items()}
-        self._open, self._era = None, draw_ticket()
+        self._open, self._era, self._calls = None, next_era(max(self._era, era)), 0
+
+    def _read_about(
+        self, found: Checkpoint, changed: Collection[str], partly: bool, what: str
+    ) -> tuple[list[str], dict[str, int], list[str], dict[str, int]]:
+        """Return the names, what was taken in from whom, who gave something, and who is to be told of which round."""
+        about = found.about
+        if found.kind != "server":
+            raise ValueError(f"{what} is that of a {quote(found.kind)}")
+        require_keys(about, ("federation", "names", "num_clients", "taken", "gave", "following", "era"), what)
+        if not partly:
+            saving.require_alike(about["federation"], self.federation, changed, what)
+            if about["num_clients"] != self.num_clients:
+                raise ValueError(f"{what} is of {quote(about['num_clients'])} clients: expected {self.num_clients}")
+        names, taken, gave, following = (about[name] for name in ("names", "taken", "gave", "following"))
+        lists = all(isinstance(each, list) and _are_names(each) for each in (names, gave))
+        if not lists or not set(gave) <= set(names) or (not partly and len(names) > self.num_clients):
+            raise ValueError(f"{what} has clients named {quote(names)}, of which {quote(gave)} gave something")
+        for told, least in ((taken, 1), (following, 0)):
+            if not isinstance(told, Mapping) or not all(
+                name in names and type(number) is int and least <= number < 2**53 for name, number in told.items()
+            ):
+                raise ValueError(f"{what} has {quote(told)}: expected a number for each of some of its clients")
+        if type(about["era"]) is not int or not 0 <= about["era"] < 2**53:
+            raise ValueError(f"{what} has the era {quote(about['era'])}: expected a count of microseconds")
+        return names, dict(taken), gave, dict(following)
+
+    def _require_alone(self, paths: Collection[str], what: str) -> None:
+        """Raise a `ValueError` if paths are of what clients gave, which they would go on from otherwise."""
+        for brick in self.federation.server.modules:
+            inside = f"server/modules/{brick.name}"
+            if brick.recalls() and any(path.startswith(inside) for path in paths):
+                raise ValueError(f"{what}: what clients gave stands in {inside!r}: load all of it, or not that")
 
     def _message(self, name: str) -> Message:
         """Return what a participant is sent."""
@@ -386,13 +355,12 @@ class Server(Alone):
         }
         return Message(about, {**under_way.common, **mine.arrays})
 
-    @alone
     def receive(self, name: str, message: Carried) -> bool:
         """Take in what a client reports. Of several reports of a client in a round, the last one stands.
 
         Args:
           name: who sent it, as whatever carries messages knows.
-          message: the report, in any form.
+          message: the report, in any form. Bytes are not copied; those that may change are.
 
         Returns:
           Whether it was new: what arrives twice is taken in once.
@@ -405,38 +373,34 @@ class Server(Alone):
             is refused did not arrive.
         """
         what = f"Server: the report of {quote(name)}"
-        size = len(message) if isinstance(message, bytes | bytearray) else 0
-        if size > self._most_bytes:
-            raise ValueError(f"{what} has {size} bytes: expected at most {self._most_bytes}")
-        report = opened(message)
-        if self._open is None:
-            raise StaleMessageError(
-                f"{what} is of round {quote(report.about.get('round'))}: expected none, as none is under way"
-            )
-        reports = self._open.reports
+        reports, specs = self._expecting(name, what)
+        plain = sum(leaf.size * leaf.dtype.itemsize for leaf in specs.leaves)
+        most = self.bounds.most_bytes or 2 * plain + 2**20
+        # Others need not wait while it is read.
+        report = opened(message, most_head=2**16 + 2**10 * len(specs.leaves), most_bytes=most)
         reports.require(name, report.about, what)
-        ticket, examples, metrics = _read_about(report, what, self.bounds)
-        lost, up = report.about["kind"] == "lost", None
-        if not lost:
-            shapes = self._programs.shapes
-            up = report.tree(shapes.gradient if reports.call.first else shapes.report, what)
-            bound = limits().magnitude
-            beyond = {path: most for path, leaf in by_path(up).items() if (most := _beyond(leaf, bound))}
-            for path, most in beyond.items():
-                if math.isfinite(most):
-                    raise ValueError(f"{what}: {path!r} has {most}: expected at most {bound}, which `set_limits` sets")
-                if self.federation.on_nonfinite == "error":
-                    raise FloatingPointError(
-                        f"{what}: {path!r} has values that are not finite: lower the learning rates, look at its "
-                        "data, or leave such clients out with on_nonfinite='skip'"
-                    )
-            if beyond:
-                up = None
-            else:
-                given = self.ledger.given.get(name)
-                for aux_name, aux in up.auxes.items():
-                    _require_marks(aux, None if given is None else given.auxes.get(aux_name), f"{what}, {aux_name!r}")
-        return reports.stand(name, ticket, Arrived(lost, up, examples, metrics))
+        ticket, arrived = read_report(report, specs, self.bounds, self.federation.on_nonfinite, what)
+        return self._stand(reports, name, ticket, arrived, what)
+
+    @alone
+    def _expecting(self, name: str, what: str) -> tuple[Gathering[Arrived], Specs]:
+        """Return the round under way, and what a report in it must hold."""
+        if self._open is None:
+            raise StaleMessageError(f"{what}: expected none, as no round is under way")
+        reports, shapes = self._open.reports, self._programs.shapes
+        reports.require_client(name, what)
+        return reports, shapes.gradient if reports.call.first else shapes.report
+
+    @alone
+    def _stand(self, reports: Gathering[Arrived], name: str, ticket: int, arrived: Arrived, what: str) -> bool:
+        if self._open is None or self._open.reports is not reports:
+            raise StaleMessageError(f"{what} is of round {reports.call.round}, which ended as it was read")
+        return reports.stand(name, ticket, arrived)
+
+    @alone
+    def cancel_round(self) -> None:
+        """Give up the round under way: nothing of it counts, and the next `broadcast` begins it anew."""
+        self._open = None
 
     @alone
     def finish_round(self) -> History | None:
@@ -444,9 +408,12 @@ class Server(Alone):
 
         Returns:
           What is known of the round, as `Federation.round` returns it, of NumPy arrays: those who did
-          not report have dropped out. `None` after the first of two passes, which ends no round.
+          not report have dropped out, and what they measured is NaN. `None` after the first of two passes,
+          which ends no round.
 
         Raises:
+          FloatingPointError: if the step gives numbers that are not finite, of reports which are. Nothing
+            has changed then: the round may be cancelled, or go on without a client.
           ValueError: if no round is under way.
         """
         under_way = self._open
@@ -493,30 +460,43 @@ class Server(Alone):
         for index, (name, one) in enumerate(reports):
             if one is not None and one.up is not None:
                 numbers = self._weight(under_way, name, one), np.float32(one.examples), self.names.index(name), index
-                totals = programs.add(totals, one.up, *numbers, state.aggregation)
-        # Nothing is noted before the step is done: a ledger that is half written would be wrong for good.
-        after, told = jax.block_until_ready(programs.step(state, server, totals, under_way.shared))
+                totals = programs.add(totals, self._told(name, one.up), *numbers, state.aggregation)
+        after, told, finite = programs.step(state, server, totals, under_way.shared)
+        if not finite:
+            raise FloatingPointError(
+                f"Server: the step of round {self.round} gives numbers that are not finite: its reports are too large "
+                "together, or its rates; nothing has changed"
+            )
         history = self._history(under_way, told)
-        recalled = self.federation.server.recalls()
+        # Copies, for what arrived may be a view of a whole message.
+        given = {
+            name: jax.tree.map(jnp.array, Contribution.of(self._told(name, one.up), self.federation.server))
+            for name, (_, one) in under_way.reports.arrived.items()
+            if one.up is not None
+        }
         for name in gone:
             ledger.forget(name)
             self._following.pop(name, None)
-        for name, (ticket, one) in under_way.reports.arrived.items():
-            if one.up is not None and name not in gone:
-                given = Contribution.of(one.up, self.federation.server) if recalled else None
-                # Copies, for what arrived may be a view of a whole message.
-                ledger.take(name, ticket, jax.tree.map(jnp.array, given), Contribution.add)
-                self._following[name] = self.round + 1
+        for name in given.keys() - set(gone):
+            ledger.take(name, under_way.reports.arrived[name][0], given[name], Contribution.add)
+            self._following[name] = self.round + 1
         needed = set(self._following.values()) if learns(self.federation) else set[int]()
         self._after = {number: params for number, params in self._after.items() if number in needed}
         self.state = after
         return history
 
+    def _told(self, name: str, up: Up) -> Up:
+        """Return a report in which it is the server that says whether its client is new."""
+        new = self.ledger.tell(name) == 0
+        return up._replace(auxes={aux_name: aux.newcomers(new) for aux_name, aux in up.auxes.items()})
+
     def _history(self, under_way: Round, told: Mapping[str, jax.Array]) -> History:
         reports = under_way.reports
         each = [one for _, one in _in_order(reports)]
         names = sorted({name for one in each if one is not None for name in one.metrics})
-        metrics = {name: [0.0 if one is None else one.metrics.get(name, 0.0) for one in each] for name in names}
+        metrics = {
+            name: [math.nan if one is None else one.metrics.get(name, math.nan) for one in each] for name in names
+        }
         return {
             **{name: np.array(values, np.float32) for name, values in metrics.items()},
             "examples": np.array([0 if one is None else one.examples for one in each], np.float32),
@@ -550,135 +530,24 @@ def _in_order(reports: Gathering[Arrived]) -> list[tuple[str, Arrived | None]]:
     return [(name, reports.arrived[name][1] if name in reports.arrived else None) for name in reports.clients]
 
 
-class _Programs:
-    """The compiled parts of a server, for one federation and one kind of parameters.
-
-    Attributes:
-      sides: both sides, of which nothing is packed here.
-      shapes: what messages must hold.
-      begin: `(state) -> server, shared`.
-      weigh: `(delta, weight) -> WeightedSum`.
-      add: `(totals, up, weight, examples, who, index, kept) -> totals`; the totals are donated.
-      step: `(state, server, totals, shared) -> state, metrics`.
-      forget: `(server, contribution) -> server`.
-    """
-
-    def __init__(self, federation: "Federation", params: Params, stats: PyTree) -> None:
-        self.federation = federation
-        self.sides = sides_of(federation, params, stats, None)
-        self.shapes = Shapes.of(federation, self.sides, params, stats)
-        self.begin, self.step, self.forget = jax.jit(self._begin), jax.jit(self._step), jax.jit(self._forget)
-        self.weigh, self.add = jax.jit(WeightedSum.of), jax.jit(self._add, donate_argnums=0)
-
-    def _begin(self, state: FederationState) -> tuple[OptimizerState, Shared]:
-        server = self.sides.server.begin_round(state.server, self.sides.params.shared(state.params))
-        return server, share(self.federation, self.sides, state, server, Given(jnp.zeros(0), None, None, None, None))
-
-    def _totals(self, up: Up, weight: jax.Array, examples: jax.Array, who: jax.Array, kept: PyTree) -> Totals:
-        sent, here = Sent(*up, weight, examples, {}), jnp.array(True)
-        return totals_of(self.federation, sent, who, here, here, kept)
-
-    def shared(self, params: Params) -> Params:
-        """Return what is shared of parameters."""
-        return self.sides.params.shared(params)
-
-    def nothing(self, count: int, kept: PyTree) -> Totals:
-        """Return what no one of some participants comes to."""
-        up = jax.tree.unflatten(self.shapes.report.treedef, self.shapes.report.leaves)
-        number, index = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-        return jax.eval_shape(self._totals, up, number, number, index, kept).nothing((count,))
-
-    def _add(
-        self,
-        totals: Totals,
-        up: Up,
-        weight: jax.Array,
-        examples: jax.Array,
-        who: jax.Array,
-        index: jax.Array,
-        kept: PyTree,
-    ) -> Totals:
-        return totals.add(self._totals(up, weight, examples, who, kept), index)
-
-    def _step(
-        self, state: FederationState, server: OptimizerState, totals: Totals, shared: Shared
-    ) -> tuple[FederationState, Metrics]:
-        known = {"coin": shared.coin}
-        if self.shapes.passes == 2:
-            gradient = self.shapes.gradient.tree(self.shapes.gradient.by_path).delta
-            zeros = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), gradient)
-            known["mean_gradient"] = zeros if shared.mean_gradient is None else shared.mean_gradient
-        return step_server(self.federation, self.sides, state, server, totals, known)
-
-    def no_contribution(self) -> Contribution:
-        """Return what a client has given that gave nothing."""
-        up = self.shapes.report.tree(self.shapes.report.by_path)
-        like = Contribution.of(up, self.federation.server)
-        return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), like)
-
-    def _forget(self, server: OptimizerState, given: Contribution) -> OptimizerState:
-        return self.sides.server.forget(server, given.delta, given.auxes)
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-@functools.lru_cache(maxsize=32)
-def _programs(federation: "Federation", specs: Specs) -> _Programs:
-    return _Programs(federation, *jax.tree.unflatten(specs.treedef, specs.leaves))
+def _are_names(values: Sequence[Any]) -> bool:
+    """Whether these are different names."""
+    return len(set(map(str, values))) == len(values) and all(
+        isinstance(name, str) and 0 < len(name) <= limits().name for name in values
+    )
 
 
-def _beyond(leaf: HostArray, bound: float) -> float:
-    """Return the largest modulus of an array's real numbers, if that is not finite or beyond a bound; else 0."""
-    if not leaf.size or not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return 0.0
-    numbers = leaf.reshape(-1).view(leaf.real.dtype)
-    with np.errstate(all="ignore"):
-        # None is larger than the root of the sum of squares, which takes one fast pass.
-        if numbers.dtype.kind == "f" and float(np.dot(numbers, numbers)) <= min(bound**2, 1e38):
-            return 0.0
-        largest = float(np.maximum(abs(float(numbers.max())), abs(float(numbers.min()))))
-    return 0.0 if math.isfinite(largest) and largest <= bound else largest
-
-
-def _require_marks(aux: FromClients, given: FromClients | None, what: str) -> None:
-    """Raise a `ValueError` for a variable out of its range, or a client that says again that it is new."""
-    for name, variable in aux.variables().items():
-        value = getattr(aux, name)
-        if (variable.flag and value not in (0, 1)) or (variable.amount and value < 0):
-            raise ValueError(f"{what} has {name}={value}: expected {'0 or 1' if variable.flag else 'at least 0'}")
-        if variable.newcomer and value == 1 and given is not None and getattr(given, name) >= 1:
-            raise ValueError(f"{what} has {name}=1, of a client that has taken part: expected 0")
-
-
-def _folders(paths: Collection[str]) -> set[str]:
-    """Return the first two segments of paths."""
-    return {"/".join(path.split("/")[:2]) for path in paths}
-
-
-def _are_names(values: Any) -> bool:
-    """Whether these are different strings."""
-    return isinstance(values, list) and all(isinstance(v, str) for v in values) and len(set(values)) == len(values)
-
-
-def _is_number(value: Json) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _read_about(report: Message, what: str, bounds: Bounds) -> tuple[int, float, dict[str, float]]:
-    """Return a report's ticket, how many examples its client has, and its metrics.
-
-    Raises:
-      ValueError: if one is missing, of another kind or out of bounds.
-    """
-    about: Mapping[str, Any] = report.about
-    ticket, examples, metrics = about.get("ticket"), about.get("examples"), about.get("metrics")
-    if not isinstance(ticket, int) or isinstance(ticket, bool) or not 0 < ticket < 2**53:
-        raise ValueError(f"{what} has the ticket {quote(ticket)}: expected an integer in [1, 2**53)")
-    if not _is_number(examples) or not 0 <= examples <= min(bounds.most_examples, 3e38):
-        raise ValueError(f"{what} says it has {quote(examples)} examples: expected 0 to {bounds.most_examples}")
-    if not isinstance(metrics, Mapping) or len(metrics) > _MOST_METRICS:
-        raise ValueError(f"{what} has the metrics {quote(metrics)}: expected a mapping of at most {_MOST_METRICS}")
-    found = {}
-    for name, value in metrics.items():
-        if not isinstance(name, str) or name in RESERVED[:-1] or not (value is None or _is_number(value)):
-            raise ValueError(f"{what} has the metric {quote(name)} of {quote(value)}: expected a number, or null")
-        found[name] = math.nan if value is None else float(value)
-    return ticket, float(examples), found
+def _require_plausible(tree: Mapping[str, PyTree], like: Mapping[str, PyTree], what: str) -> None:
+    """Raise a `ValueError` for a number that is not finite, or a negative count, where there is no such in what is."""
+    now = by_path(like)
+    for path, leaf in by_path(tree).items():
+        if is_key(leaf):
+            continue
+        host = np.asarray(leaf)
+        wrong = ~np.isfinite(host) if jnp.issubdtype(host.dtype, jnp.inexact) else host < 0
+        if wrong.any() and not (path in now and np.array_equal(np.asarray(now[path]), host, equal_nan=True)):
+            raise ValueError(f"{what}: {path!r} holds {host[wrong].flat[0]}")

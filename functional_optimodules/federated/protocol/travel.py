@@ -12,6 +12,7 @@ from functional_optimodules.federated.participant import Sent, learns
 from functional_optimodules.federated.round import asked_of
 from functional_optimodules.federated.sides import Sides
 from functional_optimodules.numerics import wide
+from functional_optimodules.optimizer import Optimizer
 from functional_optimodules.random.keys import shapes_only
 from functional_optimodules.types import Params, PyTree
 from functional_optimodules.wire.paths import Specs
@@ -72,6 +73,32 @@ class Up(NamedTuple):
         """Return what a client sends in the form in which it travels."""
         free = sides.client.free
         return cls(free(sent.delta), {name: aux.map_shaped(free) for name, aux in sent.auxes.items()}, sent.stats)
+
+
+class Contribution(NamedTuple):
+    """What a client has given, of what the server's bricks may have to forget.
+
+    Attributes:
+      delta: the sum of its deltas; `None` if no brick recalls it.
+      auxes: its auxiliary variables, merged, of those bricks that recall them.
+    """
+
+    delta: PyTree
+    auxes: dict[str, FromClients]
+
+    @classmethod
+    def of(cls, up: Up, server: Optimizer) -> "Contribution | None":
+        """Return what of a report the server's bricks may have to forget; `None` if nothing."""
+        channels, recalled = server.channels(), server.recalls()
+        if not recalled:
+            return None
+        auxes = {name: aux for name, aux in up.auxes.items() if "aux" in channels[name].recalls()}
+        return cls(up.delta if "delta" in recalled else None, auxes)
+
+    def add(self, other: "Contribution") -> "Contribution":
+        """Return what both come to."""
+        auxes = {name: aux.merge(other.auxes[name]) for name, aux in self.auxes.items()}
+        return Contribution(jax.tree.map(jnp.add, self.delta, other.delta), auxes)
 
 
 class Shapes(NamedTuple):

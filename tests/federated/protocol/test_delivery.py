@@ -1,6 +1,7 @@
 """Over any network, and whatever crashes, the server has the sum of what its clients have."""
 
 import copy
+import itertools
 import random
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from functional_optimodules.federated.protocol.delivery import Call, Gathering, Journal, Ledger, StaleMessageError
 
 SCHEDULES = 2000
+ERAS = itertools.count(1)
 
 
 class Server:
@@ -15,11 +17,12 @@ class Server:
 
     def __init__(self):
         self.ledger, self.total, self.round, self.open = Ledger(), 0, 0, None
-        self.era = random.getrandbits(40)
+        self.era, self.calls = next(ERAS), 0
 
     def broadcast(self, clients):
         if self.open is None:
-            self.open = Gathering(Call(self.era, self.round, random.getrandbits(40), first=False), tuple(clients))
+            self.calls += 1
+            self.open = Gathering(Call(self.era, self.calls, self.round, first=False), tuple(clients))
         return {name: (self.open.call, self.ledger.tell(name)) for name in self.open.clients}
 
     def receive(self, name, about, given):
@@ -39,7 +42,7 @@ class Server:
 
     def restored(self):
         twin = copy.deepcopy(self)
-        twin.era = random.getrandbits(40)
+        twin.era, twin.calls, twin.open = next(ERAS), 0, None
         return twin
 
 
@@ -52,9 +55,12 @@ class Client:
     def hear(self, call, taken):
         if not self.journal.is_new(call, "the broadcast"):
             return None
-        about = {"from": self.name, "id": call.id, "round": call.round, "kind": "lost", "ticket": 1}
-        if not self.journal.hear(call, taken, lambda: 0):
+        about = {"from": self.name, "era": call.era, "id": call.id, "round": call.round, "kind": "lost", "ticket": 1}
+        how = self.journal.hear(call, taken)
+        if how == "lost":
             return about, None
+        if how == "anew":
+            self.journal.kept = 0
         new = self.journal.kept + random.randint(-9, 9)
         ticket = self.journal.report(new)
         self.values[ticket] = new
@@ -160,52 +166,73 @@ def test_the_server_has_the_sum_of_what_clients_have_over_any_network():
         for name, client in network.clients.items():
             ticket = network.server.ledger.tell(name)
             journal = client.journal
-            assert ticket in (journal.settled, journal.waiting[0]), seed
-            assert network.values[ticket] == (journal.kept if ticket == journal.settled else journal.waiting[1]), seed
+            assert network.values[ticket] == {journal.settled: journal.kept, **dict(journal.waiting)}[ticket], seed
         seen = {name: count + network.counts[name] for name, count in seen.items()}
     assert min(seen.values()) > SCHEDULES, seen
 
 
 def call(number, **options):
-    return Call(**{"era": 1, "round": number, "id": 100 + number, "first": False} | options)
+    return Call(**{"era": 1, "id": 100 + number, "round": number, "first": False} | options)
 
 
 def test_what_was_not_taken_in_is_dropped():
-    journal = Journal()
-    assert journal.hear(call(0), 0, lambda: "new")
+    journal = Journal("old", 7, heard=call(0))
     journal.report("moved")
-    assert journal.hear(call(1), 0, lambda: "anew")
-    assert (journal.kept, journal.settled, journal.waiting) == ("new", 0, None)
+    assert journal.hear(call(1), 7) == "on"
+    assert (journal.kept, journal.settled, journal.waiting) == ("old", 7, ())
 
 
 def test_what_was_taken_in_is_settled():
-    journal = Journal()
-    journal.hear(call(0), 0, lambda: "new")
+    journal = Journal("old", 7, heard=call(0))
     ticket = journal.report("moved")
-    assert journal.hear(call(3), ticket, lambda: "anew")
-    assert (journal.kept, journal.settled) == ("moved", ticket)
+    assert journal.hear(call(3), ticket) == "on"
+    assert (journal.kept, journal.settled, journal.waiting) == ("moved", ticket, ())
 
 
-@pytest.mark.parametrize("journal", [Journal(), Journal("old", 7), Journal("old", 7, (8, "moved"))])
+def test_a_round_that_is_done_again_leaves_both_reports_waiting():
+    journal = Journal("old", 7, heard=call(0))
+    first = journal.report("moved")
+    assert journal.hear(call(0), 7) == "on"
+    second = journal.report("moved otherwise")
+    for ticket, kept in ((first, "moved"), (second, "moved otherwise")):
+        twin = copy.deepcopy(journal)
+        assert twin.hear(call(1), ticket) == "on"
+        assert twin.kept == kept
+
+
+@pytest.mark.parametrize("journal", [Journal(), Journal("old", 7), Journal("old", 7, ((8, "moved"),))])
 def test_a_ticket_that_a_client_knows_nothing_of_says_that_it_has_lost_its_state(journal):
     before = copy.deepcopy(journal)
-    assert not journal.hear(call(0), 12345, lambda: "anew")
+    assert journal.hear(call(0), 12345) == "lost"
     assert (journal.kept, journal.settled, journal.waiting) == (before.kept, before.settled, before.waiting)
 
 
 def test_a_client_whose_server_has_lost_all_begins_anew():
-    journal = Journal("old", 7, (8, "moved"))
-    assert journal.hear(call(0), 0, lambda: "anew")
-    assert (journal.kept, journal.settled, journal.waiting) == ("anew", 0, None)
+    journal = Journal("old", 7, ((8, "moved"),))
+    assert journal.hear(call(0), 0) == "anew"
+    assert (journal.kept, journal.settled, journal.waiting) == (None, 0, ())
 
 
-def test_an_older_broadcast_is_refused_and_a_restored_server_s_is_not():
-    journal = Journal()
-    journal.hear(call(5), 0, lambda: 0)
+def test_a_client_that_never_counted_begins_anew_with_another_server():
+    journal = Journal("from the old server", 0, heard=call(0))
+    assert journal.hear(call(1), 0) == "on"
+    assert journal.hear(call(0, era=2), 0) == "anew"
+
+
+@pytest.mark.parametrize("old", [call(4), call(5, first=True)])
+def test_an_older_broadcast_is_refused(old):
+    journal = Journal("kept", 0, heard=call(5))
     assert not journal.is_new(call(5), "the broadcast")
-    with pytest.raises(StaleMessageError, match="is of round 4: expected one of round 5 or later"):
-        journal.is_new(call(4), "the broadcast")
+    with pytest.raises(StaleMessageError, match="and older than that of round 5, which was heard"):
+        journal.is_new(old, "the broadcast")
+
+
+def test_a_restored_server_s_broadcast_is_taken_and_what_it_sent_before_is_refused():
+    journal = Journal("kept", 0, heard=call(5))
     assert journal.is_new(call(4, era=2), "the broadcast")
+    journal.hear(call(4, era=2), 0)
+    with pytest.raises(StaleMessageError, match="older than"):
+        journal.is_new(call(6), "the broadcast")
 
 
 def test_of_several_reports_in_a_round_the_last_stands():
@@ -220,14 +247,24 @@ def test_of_several_reports_in_a_round_the_last_stands():
     ("about", "client", "error", "words"),
     [
         (
-            {"from": "a", "id": 99, "round": 3, "kind": "report"},
+            {"from": "a", "era": 1, "id": 99, "round": 3, "kind": "report"},
             "a",
             StaleMessageError,
             "is of round 3.*expected round 0",
         ),
-        ({"from": "b", "id": 100, "round": 0, "kind": "report"}, "a", ValueError, "says that it is from 'b'"),
-        ({"from": "b", "id": 100, "round": 0, "kind": "report"}, "b", StaleMessageError, "expected reports of round 0"),
-        ({"from": "a", "id": 100, "round": 0, "kind": "gradient"}, "a", StaleMessageError, "expected a 'report'"),
+        ({"from": "b", "era": 1, "id": 100, "round": 0, "kind": "report"}, "a", ValueError, "says that it is from 'b'"),
+        (
+            {"from": "b", "era": 1, "id": 100, "round": 0, "kind": "report"},
+            "b",
+            StaleMessageError,
+            "expected reports of round 0",
+        ),
+        (
+            {"from": "a", "era": 1, "id": 100, "round": 0, "kind": "gradient"},
+            "a",
+            StaleMessageError,
+            "expected a 'report'",
+        ),
     ],
 )
 def test_a_report_that_answers_no_broadcast_is_refused(about, client, error, words):
