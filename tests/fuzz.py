@@ -19,18 +19,21 @@ import resource
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 import functional_optimodules as fo
 from functional_optimodules.experiments.config import Experiment
+from functional_optimodules.federated import Client, Federation, Message, Server
 from functional_optimodules.wire.arrays import encode_array
 
 GRADS = {"a": jnp.array([1.0, -2.0]), "b": {"c": jnp.array(3.0)}}
-DOCUMENTED = (KeyError, TypeError, ValueError, NotImplementedError)
+DOCUMENTED = (KeyError, TypeError, ValueError, NotImplementedError, FloatingPointError)
 MOST_SECONDS = 10.0
 MOST_CHARACTERS = 5000
 MOST_GROWTH = 2.0  # GB
@@ -192,6 +195,61 @@ def client_target() -> Target:
     return Target(lambda rng: mutated(good, rng), take, client.get_state)
 
 
+def quadratic(params: Any, batch: Any) -> Any:
+    return (params["a"] ** 2).sum() * batch + params["b"]["c"]
+
+
+def peers() -> tuple[Server, Client, Message, Message]:
+    """Return a server and a client in the midst of a round, what the client was sent, and what it reports."""
+    client, server = (fo.Optimizer(0.1, modules=[module]) for module in ("scaffold-client", "scaffold-server"))
+    federation = Federation(quadratic, client, server)
+    at, one = Server(federation, GRADS, ["ann", "bob"]), Client(federation, "ann", np.ones(2, np.float32))
+    sent = at.broadcast()["ann"]
+    one.begin(sent)
+    return at, one, sent, one.report()
+
+
+def carried(good: Message, rng: random.Random) -> Any:
+    """Return a message in one of its forms, mutated."""
+    if rng.random() < 0.5:
+        return mutated(good.to_json(), rng)
+    data = bytearray(good.to_bytes())
+    size = int.from_bytes(data[12:16], "little")
+    if rng.random() < 0.5:
+        head = mutated(json.loads(zlib.decompress(data[16 : 16 + size])), rng)
+        try:
+            packed = zlib.compress(json.dumps(head).encode())
+        except (ValueError, RecursionError):  # what Python does not write nobody can send
+            return head
+        begin = 16 + len(packed) + -(16 + len(packed)) % 64
+        return bytes(data[:12] + len(packed).to_bytes(4, "little") + packed).ljust(begin, b"\0") + data[16 + size :]
+    for _ in range(rng.choice((1, 2, 3))):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    return bytes(data[: rng.choice((len(data), rng.randrange(len(data))))])
+
+
+def report_target() -> Target:
+    server, _, _, good = peers()
+    arrived = server._open.reports.arrived  # type: ignore[union-attr]
+
+    def take(message: Any) -> None:
+        server.receive("ann", message)
+        arrived.clear()
+
+    return Target(lambda rng: carried(good, rng), take, lambda: (server.round, list(arrived)))
+
+
+def broadcast_target() -> Target:
+    _, client, good, _ = peers()
+
+    def take(message: Any) -> None:
+        new = Client(client.federation, "ann", np.ones(2, np.float32))
+        new.begin(message)
+        new.report()
+
+    return Target(lambda rng: carried(good, rng), take, lambda: None)
+
+
 OPTIMIZERS = [
     fo.Optimizer(
         ("warmup", {"base": ("cosine-annealing", {"base": 0.1, "max_lr": 1.0, "duration": 9}), "warmup": 3}),
@@ -260,6 +318,8 @@ def targets(folder: Path) -> dict[str, Target]:
         "messages to a server": server_target(known=True),
         "messages to a new server": server_target(known=False),
         "message to a client": client_target(),
+        "report to a server": report_target(),
+        "broadcast to a client": broadcast_target(),
         "configuration": Target(lambda rng: mutated(rng.choice(CONFIGS), rng), fo.Optimizer.from_config, nothing),
         "experiment": Target(lambda rng: mutated_text(TOML, rng), read, nothing),
     }

@@ -80,7 +80,6 @@ class Server(Alone):
       federation: what it was made from; how that maps participants does not matter here.
       bounds: what is refused.
       ledger: which reports count.
-      names: the clients' names, by number.
     """
 
     def __init__(
@@ -117,7 +116,7 @@ class Server(Alone):
         self.federation = dataclasses.replace(federation, mapping=None)
         self.bounds = bounds or Bounds()
         self.ledger: Ledger[Contribution] = Ledger()
-        self.names: list[str] = names
+        self._numbers = {name: number for number, name in enumerate(names)}
         state, _, _ = start(self.federation, params, total, seed, stats)
         self._programs = server_programs(self.federation, Specs.of((state.params, state.stats)))
         kept = self.federation.aggregation.init(self._programs.sides.params.shared(state.params))
@@ -141,6 +140,11 @@ class Server(Alone):
         return self.model()
 
     @property
+    def names(self) -> list[str]:
+        """The clients' names, by number, as far as they are known."""
+        return list(self._numbers)
+
+    @property
     def num_clients(self) -> int:
         """N, the number of clients."""
         return int(self.state.num_clients)
@@ -160,12 +164,11 @@ class Server(Alone):
         total = self.num_clients
         if not _is_integer(size) or not 1 <= size <= total:
             raise ValueError(f"Server: size={size!r} should be from 1 to the {total} clients")
-        if len(self.names) < total:
-            raise ValueError(
-                f"Server: of {total} clients, {len(self.names)} are known by name: give `clients` their names"
-            )
+        names = self.names
+        if len(names) < total:
+            raise ValueError(f"Server: of {total} clients, {len(names)} are known by name: give `clients` their names")
         drawn = sampling.draw(sampling.round_key(self.state.key, self.state.round, total), total, int(size))
-        return [self.names[index] for index in np.asarray(drawn).tolist()]
+        return [names[index] for index in np.asarray(drawn).tolist()]
 
     @alone
     def broadcast(
@@ -200,24 +203,25 @@ class Server(Alone):
                     "first"
                 )
             return {name: self._message(name) for name in chosen}
-        chosen = tuple(self.names) if clients is None else tuple(clients)
+        chosen = tuple(self._numbers) if clients is None else tuple(clients)
         if not chosen or not _are_names(list(chosen)):
             raise ValueError(f"Server: clients={quote(list(chosen))} should be different names, at least one")
-        new = [name for name in chosen if name not in self.names]
-        if len(self.names) + len(new) > self.num_clients:
+        new = [name for name in chosen if name not in self._numbers]
+        if len(self._numbers) + len(new) > self.num_clients:
             raise ValueError(
-                f"Server: {quote(new)} are new, and of the {self.num_clients} clients {len(self.names)} are known: "
+                f"Server: {quote(new)} are new, and of the {self.num_clients} clients {len(self._numbers)} are known: "
                 f"{quote(self.names)}"
             )
         if weights is not None:
             values = np.array([weights.get(name, math.nan) for name in chosen], float)
             if not (np.isfinite(values).all() and (values >= 0).all() and values.any()):
                 raise ValueError(f"Server: weights={quote(dict(weights))} should be >= 0, one for each, and not all 0")
-        self.names += new
+        for name in new:
+            self._numbers[name] = len(self._numbers)
         server, shared = self._programs.begin(self.state)
         self._calls += 1
         call = Call(self._era, self._calls, self.round, first=self._programs.shapes.passes == 2)
-        if learns(self.federation) and self.round in self._following.values():
+        if self.round in self._following.values():
             self._after[self.round] = shared.params
         told = None if weights is None else dict(weights)
         self._open = Round(Gathering(call, chosen), told, server, shared, _common(shared))
@@ -234,7 +238,7 @@ class Server(Alone):
         """
         about = {
             "federation": saving.describe(self.federation),
-            "names": list(self.names),
+            "names": self.names,
             "num_clients": self.num_clients,
             "taken": dict(self.ledger.taken),
             "gave": sorted(self.ledger.given),
@@ -292,7 +296,7 @@ class Server(Alone):
         tree = jax.tree.map(jnp.asarray, tree)
         self.state = self.state._replace(**{name: tree[name] for name in self.state._fields if name in tree})
         if not only:
-            self.names = list(names)
+            self._numbers = {name: number for number, name in enumerate(names)}
             self._initial = tree.get("initial")
             self.ledger = Ledger(dict(taken), tree.get("given", {}))
             self._following = dict(following)
@@ -315,9 +319,10 @@ class Server(Alone):
         lists = all(isinstance(each, list) and _are_names(each) for each in (names, gave))
         if not lists or not set(gave) <= set(names) or (not partly and len(names) > self.num_clients):
             raise ValueError(f"{what} has clients named {quote(names)}, of which {quote(gave)} gave something")
+        known = set(names)
         for told, least in ((taken, 1), (following, 0)):
             if not isinstance(told, Mapping) or not all(
-                name in names and type(number) is int and least <= number < 2**53 for name, number in told.items()
+                name in known and type(number) is int and least <= number < 2**53 for name, number in told.items()
             ):
                 raise ValueError(f"{what} has {quote(told)}: expected a number for each of some of its clients")
         if type(about["era"]) is not int or not 0 <= about["era"] < 2**53:
@@ -335,7 +340,7 @@ class Server(Alone):
         """Return what a participant is sent."""
         under_way = self._open
         assert under_way is not None
-        taken, index = self.ledger.tell(name), self.names.index(name)
+        taken, index = self.ledger.tell(name), self._numbers[name]
         own = {name: aux.narrow(index) for name, aux in under_way.shared.broadcast.items() if aux.is_per_client()}
         weight = None if under_way.weights is None else jnp.float32(under_way.weights[name])
         initial = None if taken else self._initial
@@ -459,7 +464,7 @@ class Server(Alone):
         totals = programs.nothing(len(reports), state.aggregation)
         for index, (name, one) in enumerate(reports):
             if one is not None and one.up is not None:
-                numbers = self._weight(under_way, name, one), np.float32(one.examples), self.names.index(name), index
+                numbers = self._weight(under_way, name, one), np.float32(one.examples), self._numbers[name], index
                 totals = programs.add(totals, self._told(name, one.up), *numbers, state.aggregation)
         after, told, finite = programs.step(state, server, totals, under_way.shared)
         if not finite:
@@ -479,8 +484,9 @@ class Server(Alone):
             self._following.pop(name, None)
         for name in given.keys() - set(gone):
             ledger.take(name, under_way.reports.arrived[name][0], given[name], Contribution.add)
-            self._following[name] = self.round + 1
-        needed = set(self._following.values()) if learns(self.federation) else set[int]()
+            if learns(self.federation):
+                self._following[name] = self.round + 1
+        needed = set(self._following.values())
         self._after = {number: params for number, params in self._after.items() if number in needed}
         self.state = after
         return history
@@ -501,7 +507,7 @@ class Server(Alone):
             **{name: np.array(values, np.float32) for name, values in metrics.items()},
             "examples": np.array([0 if one is None else one.examples for one in each], np.float32),
             "round": np.asarray(np.int32(reports.call.round)),
-            "participants": np.array([self.names.index(name) for name in reports.clients], np.int32),
+            "participants": np.array([self._numbers[name] for name in reports.clients], np.int32),
             "finite": np.array([one is None or one.up is not None or one.lost for one in each]),
             "joined": np.array([one is not None and one.up is not None for one in each]),
             **{name: np.asarray(value) for name, value in told.items()},
