@@ -407,7 +407,8 @@ class Client(Alone):
         if self.data is not None and examples is None:
             return float(self.data.largest)
         asked = self.federation.client.asks().end.union(*(module.asks().step for module in self.federation.uplink))
-        count = self.federation.weighting == "examples" or not asked.isdisjoint({"examples", "weight"})
+        shared = cast(Shared, self._at_work().shared)
+        count = "examples" in asked or (self.federation.weighting == "examples" and shared.given.weights is None)
         if examples is None and count:
             raise TypeError(f"Client {self.name!r}: how many examples it has counts: `report(examples=...)`")
         number = 1.0 if examples is None else float(examples)
