@@ -78,7 +78,8 @@ class StagedSimulation(Simulation):
         size = rounds.participants or self._data.num_clients
         split = [each[:1] for each in shards.members]
         drawn = np.zeros((rounds.save_every, size), np.int32)
-        block = read_block(self._data, shards, split, 1, self._data.largest, drawn, 0)
+        room = {shard: self._data.room(self._data.largest) for shard in shards.own}
+        block = read_block(self._data, shards, split, 1, room, drawn, 0)
         state: Any = self.state_shapes()
         rows = [jax.ShapeDtypeStruct((len(split), *leaf.shape[1:]), leaf.dtype) for leaf in state.bank]
         arrays = self.arrays._replace(data=block)

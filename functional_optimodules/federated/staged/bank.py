@@ -1,5 +1,6 @@
 """What each client keeps between rounds, in a file."""
 
+import itertools
 import math
 import os
 import tempfile
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from functional_optimodules.federated.data import Integers
-from functional_optimodules.federated.staged.files import as_bytes, transfer
+from functional_optimodules.federated.staged.files import transfer_rows
 from functional_optimodules.types import HostArray
 
 
@@ -83,11 +84,12 @@ class Bank:
         Returns:
           Which of the clients wanted have no row as yet: indices.
         """
-        stamps, raw = self.stamps[clients], [as_bytes(leaf) for leaf in rows]
+        stamps = self.stamps[clients]
         places = (clients * self.copies + stamps.argmax(axis=1)) * self.width
         there = stamps.max(axis=1) > 0
-        for index in np.flatnonzero(there & wanted).tolist():
-            transfer(os.preadv, self.file, [leaf[index] for leaf in raw], int(places[index]))
+        chosen = np.flatnonzero(there & wanted)
+        runs = zip(chosen.tolist(), itertools.repeat(1), places[chosen].tolist())
+        transfer_rows(os.preadv, self.file, rows, runs, self.width)
         return np.flatnonzero(~there & wanted)
 
     def write(self, clients: Integers, rows: Sequence[HostArray], number: int) -> None:
@@ -96,11 +98,11 @@ class Bank:
         Raises:
           OSError: if the disk is full, or fails.
         """
-        stamps, raw = self.stamps[clients], [as_bytes(leaf) for leaf in rows]
+        stamps = self.stamps[clients]
         chosen = np.where(stamps.any(axis=1), stamps.argmax(axis=1) + 1, 0) % self.copies
         places = ((clients * self.copies + chosen) * self.width).tolist()
-        for index, place in enumerate(places):
-            transfer(os.pwritev, self.file, [leaf[index] for leaf in raw], place)
+        runs = zip(itertools.count(), itertools.repeat(1), places)
+        transfer_rows(os.pwritev, self.file, rows, runs, self.width)
         self.stamps[clients, chosen] = number
 
 

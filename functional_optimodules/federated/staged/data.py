@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from functional_optimodules.federated.data import Integers, balance
-from functional_optimodules.federated.staged.files import as_bytes, load, memory, transfer
+from functional_optimodules.federated.staged.files import load, memory, transfer_rows
 from functional_optimodules.types import HostArray, PyTree
 from functional_optimodules.wire.paths import keystr
 
@@ -84,23 +84,32 @@ class StagedData:
         about = jax.tree.map(lambda leaf: (leaf.dtype.name, leaf.shape), self.examples)
         return zlib.crc32(self.sizes.tobytes(), zlib.crc32(repr(about).encode()))
 
-    def read(self, clients: Integers, rows: int) -> tuple[PyTree, Integers]:
+    def room(self, rows: int) -> PyTree:
+        """Return arrays of so many rows, without values, which a CPU takes over where they lie."""
+        return jax.tree.map(lambda leaf: memory((rows, *leaf.shape[1:]), leaf.dtype, aligned=True), self.examples)
+
+    def read(self, clients: Integers, room: PyTree) -> Integers:
         """Read the examples of some clients.
 
         Args:
           clients: their numbers, in rising order.
-          rows: how many rows the arrays are to have, at least as many as the clients'.
+          room: the arrays to read them into, of at least as many rows as the clients'.
 
         Returns:
-          The examples in arrays of so many rows, and where in these each client's begin.
+          Where in these each client's begin.
 
         Raises:
           ValueError: if a file ends before it should.
         """
         sizes = self.sizes[clients]
         places = np.cumsum(sizes) - sizes
-        plan = list(zip(self.offsets[clients].tolist(), places.tolist(), sizes.tolist(), strict=True))
-        return jax.tree.map(lambda leaf: leaf.read(plan, rows), self.examples), places
+        # Clients that lie one after the other are one run.
+        begins = self.offsets[clients]
+        first = np.flatnonzero(np.diff(begins, prepend=-1) != np.concatenate([[-1], sizes[:-1]]))
+        counts = np.add.reduceat(sizes, first) if len(first) else sizes
+        plan = list(zip(begins[first].tolist(), places[first].tolist(), counts.tolist(), strict=True))
+        jax.tree.map(lambda leaf, found: leaf.read(plan, found), self.examples, room)
+        return places
 
 
 Plan = Sequence[tuple[int, int, int]]
@@ -114,11 +123,9 @@ class _Array:
         self.array = array if isinstance(array, np.ndarray) else np.asarray(array)
         self.shape, self.dtype = self.array.shape, self.array.dtype
 
-    def read(self, plan: Plan, rows: int) -> HostArray:
-        found = memory((rows, *self.shape[1:]), self.dtype, aligned=True)
+    def read(self, plan: Plan, found: HostArray) -> None:
         for begin, place, count in plan:
             found[place : place + count] = self.array[begin : begin + count]
-        return found
 
 
 class _File:
@@ -131,12 +138,10 @@ class _File:
         self.file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self.file)
 
-    def read(self, plan: Plan, rows: int) -> HostArray:
-        found = memory((rows, *self.shape[1:]), self.dtype, aligned=True)
-        raw, width = as_bytes(found), found.dtype.itemsize * math.prod(self.shape[1:])
-        for begin, place, count in plan:
-            try:
-                transfer(os.preadv, self.file, [raw[place : place + count].reshape(-1)], self.begin + begin * width)
-            except EOFError as error:
-                raise ValueError(f"StagedData: {self.path} was cut short: {error}") from None
-        return found
+    def read(self, plan: Plan, found: HostArray) -> None:
+        width = found.dtype.itemsize * math.prod(self.shape[1:])
+        runs = ((place, count, self.begin + begin * width) for begin, place, count in plan)
+        try:
+            transfer_rows(os.preadv, self.file, [found], runs, width)
+        except EOFError as error:
+            raise ValueError(f"StagedData: {self.path} was cut short: {error}") from None

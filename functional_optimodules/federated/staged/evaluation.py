@@ -58,7 +58,10 @@ def evaluate_staged(
             own = {shard: split[shard] for shard in shards.own}
             wanted = {shard: np.ones(len(each), bool) for shard, each in own.items()}
             bank = fresh.read(staged.bank, own, fresh.keys(staged, own), wanted)
-        blocks = [read_block(each, shards, split, slots, rows, nobody, 0) for each, rows in given]
+        blocks = [
+            read_block(each, shards, split, slots, {shard: each.room(rows) for shard in shards.own}, nobody, 0)
+            for each, rows in given
+        ]
         return jax.block_until_ready(_Part(np.sort(np.concatenate(split)), blocks, bank))
 
     found: dict[str, HostArray] = {}

@@ -1,7 +1,7 @@
 """Files and memory of rows: read and written in one call for many buffers, without a copy in between."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,30 @@ def as_bytes(array: HostArray) -> Bytes:
     """Return an array as uint8[rows, bytes of a row]."""
     width = array.dtype.itemsize * math.prod(array.shape[1:])
     return array.reshape(len(array), math.prod(array.shape[1:])).view(np.uint8).reshape(len(array), width)
+
+
+def transfer_rows(
+    call: Callable[..., int], file: int, rows: Sequence[HostArray], places: Iterable[tuple[int, int, int]], width: int
+) -> None:
+    """Read or write rows of some arrays, those of one run after the other in the file.
+
+    Args:
+      call: `os.preadv` or `os.pwritev`.
+      file: the file.
+      rows: arrays of as many rows each, in C order.
+      places: of each run, its first row in the arrays, how many rows, and where the run begins in the file. Of several
+        arrays a run has one row.
+      width: how many bytes a row has, of all arrays together.
+
+    Raises:
+      EOFError: if the file ends before that.
+    """
+    views = [(raw.reshape(-1).data, raw.shape[1]) for raw in map(as_bytes, rows) if raw.size]
+    for first, count, place in places:
+        buffers = [view[first * size : (first + count) * size] for view, size in views]
+        # All at once, but where a signal or a limit of the system comes in between.
+        if call(file, buffers, place) != count * width:
+            transfer(call, file, [np.frombuffer(buffer, np.uint8) for buffer in buffers], place)
 
 
 def transfer(call: Callable[..., int], file: int, buffers: list[Bytes], at: int) -> None:

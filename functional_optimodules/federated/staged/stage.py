@@ -29,7 +29,7 @@ from functional_optimodules.federated.staged.peers import together
 from functional_optimodules.federated.staged.shards import Shards
 from functional_optimodules.federated.state import FederationState, fresh_row, own_sides
 from functional_optimodules.random.keys import from_words, is_key, words
-from functional_optimodules.types import HostArray
+from functional_optimodules.types import HostArray, PyTree
 
 
 class StagedState(NamedTuple):
@@ -91,7 +91,13 @@ class Block(FederatedData):
 
 
 def read_block(
-    data: StagedData, shards: Shards, split: Sequence[Integers], slots: int, rows: int, drawn: Integers, begin: int
+    data: StagedData,
+    shards: Shards,
+    split: Sequence[Integers],
+    slots: int,
+    room: "Rooms",
+    drawn: Integers,
+    begin: int,
 ) -> Block:
     """Read the examples of some clients, and put them on the devices.
 
@@ -100,17 +106,17 @@ def read_block(
       shards: which device has which clients.
       split: of each shard, the clients, in rising order.
       slots: how many clients a shard has room for.
-      rows: how many examples.
+      room: of each shard of this process, the arrays to read examples into: a CPU takes them over.
       drawn: see `Block`.
       begin: likewise.
     """
     parts, tables = [], []
     for shard in shards.own:
-        examples, begins = data.read(split[shard], rows)
+        begins = data.read(split[shard], room[shard])
         table = np.zeros((3, slots), np.int32)
         table[2] = data.num_clients
         table[:, : len(begins)] = begins, data.sizes[split[shard]], split[shard]
-        parts.append(examples)
+        parts.append(room[shard])
         tables.append(table)
 
     def put(*blocks: HostArray) -> jax.Array:
@@ -155,6 +161,9 @@ class Piece(NamedTuple):
     bank: Rows
 
 
+Rooms = Mapping[int, PyTree]
+"""Of each shard of this process, arrays of examples."""
+
 Program = Callable[[FederationState, Block], tuple[FederationState, Metrics]]
 """What runs a piece of rounds."""
 
@@ -190,7 +199,9 @@ class Stage:
 
     def _make_room(self, state: StagedState, slots: int) -> None:
         self.slots = slots
-        self.rows = max(self.data.most_rows(each, slots) for each in self.shards.members)
+        rows = max(self.data.most_rows(each, slots) for each in self.shards.members)
+        # One is read into while the other is in use: memory that is new each time takes as long as the reading.
+        self.rooms = [{shard: self.data.room(rows) for shard in self.shards.own} for _ in range(2)]
         self.fresh = Fresh(self.federation, state, slots, recycled=_on_host(self.shards.mesh))
 
     def __enter__(self) -> Self:
@@ -210,8 +221,10 @@ class Stage:
         keys = self.fresh.keys(state, own)
         used = self.left  # and written by then, as the worker does one thing after the other
 
-        def read(slots: int = self.slots, rows: int = self.rows, fresh: Fresh = self.fresh) -> Piece:
-            block = read_block(self.data, self.shards, split, slots, rows, drawn, number)
+        self.rooms.reverse()
+
+        def read(slots: int = self.slots, room: Rooms = self.rooms[0], fresh: Fresh = self.fresh) -> Piece:
+            block = read_block(self.data, self.shards, split, slots, room, drawn, number)
             bank = fresh.read(state.bank, own, keys, wanted, used)
             jax.block_until_ready((block, bank))
             return Piece(own, block, bank)
