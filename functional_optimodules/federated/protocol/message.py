@@ -129,14 +129,13 @@ class Message:
         # What is the same in the messages to several clients lies at the same place, for those who carry it to see.
         begin = _aligned(_START.size + len(head), _PAGE if end >= _LARGE else _ALIGNED)
         head = head.ljust(begin - _START.size, b"\0")
-        made = bytearray(begin + end)
-        made[: _START.size + len(head)] = _START.pack(_MAGIC, _VERSION, len(head)) + head
-        view = memoryview(made)
+        pieces: list[bytes | memoryview] = [_START.pack(_MAGIC, _VERSION, len(head)), head]
+        done = 0
         for offset, part in placed:
-            if part.nbytes:
-                raw = np.ascontiguousarray(part if sys.byteorder == "little" else part.byteswap()).view(np.uint8)
-                view[begin + offset : begin + offset + part.nbytes] = raw.data
-        return bytes(made)
+            raw = np.ascontiguousarray(part if sys.byteorder == "little" else part.byteswap())
+            pieces += [bytes(offset - done), raw.view(np.uint8).data]
+            done = offset + part.nbytes
+        return b"".join(pieces)
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview, most_head: int = _MOST_HEAD) -> Self:
