@@ -69,7 +69,8 @@ def client_app(
         with contextlib.suppress(FileNotFoundError):
             client.load(kept)
         client.begin(_carried(message))
-        report = work(client, context)
+        # Who has lost what the server reckons with has nothing to begin from, and says so.
+        report = client.report() if client.lost else work(client, context)
         # Before the report is sent: a client that dies in between goes on from here.
         client.save(kept)
         return Message(_records(report), reply_to=message)

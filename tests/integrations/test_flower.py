@@ -49,12 +49,12 @@ loss, params = OVER_FLOWER.loss, OVER_FLOWER.params
 EVERYONE = FederatedData.from_clients(list(DATA.values()))
 
 
-def app_of(tmp_path, federation=FEDERATION):
+def app_of(tmp_path, federation=FEDERATION, **options):
     def make(context):
         name = str(context.node_config["partition-id"])
         return Client(federation, name, DATA.get(name))
 
-    return client_app(make, lambda context: tmp_path / str(context.node_config["partition-id"]))
+    return client_app(make, lambda context: tmp_path / str(context.node_config["partition-id"]), **options)
 
 
 class Nodes(Grid):
@@ -232,8 +232,14 @@ def test_a_report_of_an_older_round_is_refused(tmp_path, log):
     assert any("node 12, client '2': Server: the report of '2' is of round 0" in line for line in log)
 
 
-def test_a_client_without_its_folder_begins_anew(tmp_path):
-    nodes, strategy = Nodes(app_of(tmp_path)), strategy_of()
+def own_loop(client, context):
+    assert client.params is not None
+    return client.report()
+
+
+@pytest.mark.parametrize("options", [{}, {"work": own_loop}], ids=["fit", "a loop of one's own"])
+def test_a_client_without_its_folder_begins_anew(tmp_path, options):
+    nodes, strategy = Nodes(app_of(tmp_path, **options)), strategy_of()
     strategy.start(nodes, num_rounds=2)
     shutil.rmtree(tmp_path / "1")
     strategy.start(nodes, num_rounds=4)
