@@ -1,4 +1,4 @@
-"""This package as the oracles see it: in the simulator, as a server and clients, and as optimizers that exchange JSON."""
+"""This package as the oracles see it: in the simulator, as a server and clients, and as optimizers that send JSON."""
 
 import json
 from typing import Any, NamedTuple
