@@ -81,7 +81,7 @@ def chunk_size(execution: Execution, participants: int, params: Params, alike: b
     # More than its share would be idle places on each device.
     share = -(-participants // mesh_size(mesh_of(execution)))
     if device.platform == "cpu":
-        # Convolutions with kernels of each client's own become grouped ones, and gain nothing; these have more than two axes.
+        # Convolutions with kernels of each client's own, of more than two axes, become grouped ones, and gain nothing.
         plain = alike and all(leaf.ndim <= 2 for leaf in jax.tree.leaves(params))
         most = max(1, min(_CPU_CHUNK, _CPU_BYTES // size)) if plain else 1
         # In as many chunks, as even as they can be.
