@@ -51,6 +51,7 @@ _LATER: dict[str, Json] = {
     "aggregation": ["mean", {}],
 }
 _SAVED = "Federation: the saved state"
+_MOST_NAMED = 10
 
 
 def describe(federation: "Federation") -> dict[str, Json]:
@@ -70,11 +71,14 @@ def describe(federation: "Federation") -> dict[str, Json]:
 
 
 def require_alike(saved: Json, federation: "Federation", changed: Collection[str], what: str) -> None:
-    """Raise a `ValueError` that names the first field in which a federation differs from the one that was described."""
-    for field, was, mine in differences(saved, describe(federation)):
-        if field not in changed:
-            at = quote(field).strip("'")
-            raise ValueError(f"{what} is of another federation: {at} was {quote(was)}, and is {quote(mine)} here")
+    """Raise a `ValueError` that names the fields in which a federation differs from the one that was described."""
+    found = [
+        f"{field if len(field) < 100 else quote(field)} was {quote(was)}, and is {quote(mine)} here"
+        for field, was, mine in differences(saved, describe(federation))
+        if field not in changed
+    ]
+    if found:
+        raise ValueError(f"{what} is of another federation: {'; '.join(found[:_MOST_NAMED])}")
 
 
 def encode(federation: "Federation", state: FederationState) -> dict[str, Json]:

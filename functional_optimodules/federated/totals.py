@@ -1,7 +1,7 @@
 """What the participants of a round come to, one or together: what is summed in the loop over them."""
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,6 @@ from functional_optimodules.aux_var import FromClients, Reduction
 from functional_optimodules.federated.loss import Metrics
 from functional_optimodules.federated.placement import SPLIT, WHOLE
 from functional_optimodules.types import PyTree
-
-if TYPE_CHECKING:
-    pass
 
 
 class Totals(NamedTuple):

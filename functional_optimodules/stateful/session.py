@@ -5,10 +5,9 @@ remembered at its end, all at once. A step donates the session's own state and
 nothing else.
 """
 
-import functools
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from functional_optimodules.numerics import all_finite
 from functional_optimodules.packing.adapter import adapted, fitted
 from functional_optimodules.packing.tree import shapes, unpack
 from functional_optimodules.stateful import exchange
+from functional_optimodules.stateful.alone import alone
 from functional_optimodules.stateful.compiled import Compiled, compiled, layout_of, starts_from_values
 from functional_optimodules.stateful.leaves import NUMBERS, any_traced, leaf_types, traced
 from functional_optimodules.stateful.placement import Homes, is_sharded, put_beside
@@ -64,19 +64,6 @@ class Memory(NamedTuple):
     def committed(self) -> PyTree:
         """Return the state once what was sent has arrived."""
         return self.fit.compiled.commit(self.state) if self.fit is not None and self.message_out else self.state
-
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _alone(method: "Callable[Concatenate[Session, P], T]") -> "Callable[Concatenate[Session, P], T]":
-    @functools.wraps(method)
-    def locked(self: "Session", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with self._lock:
-            return method(self, *args, **kwargs)
-
-    return locked
 
 
 class Session:
@@ -155,7 +142,7 @@ class Session:
             state = memory.fit.compiled.begin_round(state, params)
         return memory._replace(state=state, rounds_begun=0, message_out=False)
 
-    @_alone
+    @alone
     def setup(self, params: Params, identity: int | None = None) -> None:
         """Make the state, or hang the one that there is on the parameters."""
         if self.memory.fit is not None and identity is not None:
@@ -164,13 +151,13 @@ class Session:
         begun = self._settled(memory._replace(message_out=False), params)
         self._remember(begun._replace(message_out=memory.message_out))
 
-    @_alone
+    @alone
     def step(self, gradients: Updates, params: Params, extra_args: dict[str, PyTree]) -> PyTree:
         """Run `update` and keep its state."""
         like = params if params is not None else gradients
         return self._donate(lambda new: new.step, like, params, gradients, params, extra_args)
 
-    @_alone
+    @alone
     def apply(self, params: Params, gradients: Updates, extra_args: dict[str, PyTree], donate: bool) -> Params:
         """Run `update`, keep its state, and return the new parameters."""
         method: Callable[[Compiled], Any] = lambda new: new.apply_donated if donate else new.apply  # noqa: E731
@@ -218,7 +205,7 @@ class Session:
                     "use the pure `update(updates, state, params, ...)`, inside of `jax.jit`"
                 ) from error
 
-    @_alone
+    @alone
     def begin_round(self) -> None:
         """Begin a round now, or remember that one was begun."""
         memory = self.memory
@@ -227,7 +214,7 @@ class Session:
         else:
             self._remember(self._begun(memory)._replace(round="begun" if self.brick.serves() else None))
 
-    @_alone
+    @alone
     def end_round(self, known: dict[str, PyTree]) -> None:
         """Tell the brick what is known of the round at its end."""
         if missing := sorted(self.asked - known.keys()):
@@ -244,7 +231,7 @@ class Session:
         state = new.end_round(memory.committed(), told)
         self._remember(memory._replace(state=state, message_out=False, round=None))
 
-    @_alone
+    @alone
     def share(self, params: Params) -> Params:
         """Return the parameters that clients are sent."""
         memory = self._hung(self.memory, params, params)
@@ -274,7 +261,7 @@ class Session:
             return memory
         return self._begun(memory)._replace(round="sent")
 
-    @_alone
+    @alone
     def collect(self) -> dict[str, Json]:
         """Return the messages by `aux_name`; what they say is committed later."""
         # A client of another server tells what its last round came to, before a new one begins.
@@ -298,7 +285,7 @@ class Session:
         self._remember(memory._replace(message_out=out))
         return messages
 
-    @_alone
+    @alone
     def retract(self) -> None:
         """Forget that a message is out."""
         memory = self.memory
@@ -310,7 +297,7 @@ class Session:
             )
         self._remember(memory._replace(message_out=False))
 
-    @_alone
+    @alone
     def process(self, messages: Mapping[str, Json]) -> None:
         """Take messages by `aux_name`."""
         memory = self.memory
@@ -318,7 +305,7 @@ class Session:
         if received is not None:
             self.receive(received)
 
-    @_alone
+    @alone
     def receive(self, received: exchange.Received) -> None:
         """Take what messages came to."""
         memory = self.memory
@@ -334,7 +321,7 @@ class Session:
             raise ValueError(f"{self.owner}: what {who} sent makes the state infinite, or not a number")
         self._remember(memory._replace(state=state, message_out=False, clients=received.clients))
 
-    @_alone
+    @alone
     def snapshot(self) -> PyTree:
         """Return a copy of the state, which later steps do not touch."""
         fit, state = self.memory.fit, jax.tree.map(jnp.copy, self.memory.state)
@@ -354,7 +341,7 @@ class Session:
         adapter = adapted(self.brick, getattr(params, "packing", None))
         return adapter.adopt(state, adapter.model(params))
 
-    @_alone
+    @alone
     def save(self) -> dict[str, Json]:
         """Return everything that is remembered as JSON values."""
         memory, variables = self.memory, None
@@ -372,7 +359,7 @@ class Session:
             **({} if memory.round is None else {"round": memory.round}),
         }
 
-    @_alone
+    @alone
     def load(self, saved: Json, checked: bool = True) -> None:
         """Restore what `save` returned; of one's own, without a check of the values."""
         fit, state = self.memory.fit, None

@@ -232,7 +232,7 @@ class Checkpoint:
         return "\n".join([*facts, "", *(f"{a:{path}}  {b:{what}}  {c:>{size}}" for a, b, c in table)])
 
     def tree(self, like: PyTree, only: tuple[str, ...] = ()) -> PyTree:
-        """Read the arrays into a tree.
+        """Read the arrays into a tree, one by one, and put each on the device.
 
         Args:
           like: a tree of arrays, or their shapes, as they are expected; of PRNG keys, keys.
@@ -272,7 +272,7 @@ class Checkpoint:
             done += got
         if done != saved.nbytes or zlib.crc32(raw.data) != saved.crc32:
             raise ValueError(f"the checkpoint in {self.folder} is damaged: {path!r} has another checksum")
-        return from_words(values, like) if is_key(like) else values
+        return from_words(values, like) if is_key(like) else jax.device_put(values)
 
 
 def _saved(told: Json, size: int, what: str) -> Saved:

@@ -27,6 +27,8 @@ from functional_optimodules.integrations.declearn import to_declearn
 from functional_optimodules.integrations.declearn.carriers import carrier_of
 from functional_optimodules.modules.scaffold import ScaffoldDelta
 
+from .model import Model
+
 REGISTERED = {
     name: cls for name, cls in {**list_optim_modules(), **list_optim_regularizers()}.items() if name.startswith("fo-")
 }
@@ -144,19 +146,6 @@ def test_float64_comes_out_as_float64_and_is_computed_in_it_in_64_bit_mode(x64):
     for name, values in expected.coefs.items():
         np.testing.assert_allclose(output.coefs[name], values, rtol=1e-14 if x64 else 1e-5)
         assert x64 or (output.coefs[name] != values).any()
-
-
-class Model:
-    """As much of a model as declearn's optimizer asks for."""
-
-    def __init__(self, weights):
-        self.weights = weights
-
-    def get_weights(self, trainable):
-        return self.weights
-
-    def apply_updates(self, updates):
-        self.weights = self.weights + updates
 
 
 def test_declearns_optimizer_takes_bricks_by_instance_and_by_name():

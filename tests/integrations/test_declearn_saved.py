@@ -17,6 +17,8 @@ from declearn.utils.serialize import json_deserialize, json_serialize
 
 from functional_optimodules.integrations.declearn import from_declearn_config, from_declearn_state
 
+from .model import Model
+
 pytestmark = pytest.mark.slow
 
 
@@ -25,19 +27,6 @@ def double():
     """declearn computes in float64 on NumPy's arrays."""
     with jax.enable_x64(True):
         yield
-
-
-class Model:
-    """As much of a model as declearn's optimizer asks for."""
-
-    def __init__(self, weights):
-        self.weights = weights
-
-    def get_weights(self, trainable):
-        return self.weights
-
-    def apply_updates(self, updates):
-        self.weights = self.weights + updates
 
 
 def normal(seed):

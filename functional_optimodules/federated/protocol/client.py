@@ -26,12 +26,13 @@ from functional_optimodules.federated.execution import Rows
 from functional_optimodules.federated.loss import Metrics
 from functional_optimodules.federated.models import ModelLoss
 from functional_optimodules.federated.participant import Shared
-from functional_optimodules.federated.protocol.alone import Alone, alone
 from functional_optimodules.federated.protocol.delivery import Call, Journal
 from functional_optimodules.federated.protocol.message import Carried, Message, opened
+from functional_optimodules.federated.protocol.peer import Peer
 from functional_optimodules.federated.protocol.programs import Begun, ClientPrograms, client_programs, params_of
 from functional_optimodules.federated.protocol.reports import read_metrics
 from functional_optimodules.federated.protocol.travel import Down
+from functional_optimodules.stateful.alone import alone
 from functional_optimodules.types import Json, Params, PyTree, Updates
 from functional_optimodules.wire.checkpoint import Checkpoint, write_checkpoint
 from functional_optimodules.wire.limits import limits
@@ -65,7 +66,7 @@ class Work:
     report: Message | None = None
 
 
-class Client(Alone):
+class Client(Peer):
     """A client of a federation between machines.
 
         client = Client(federation, "a", data)
@@ -375,7 +376,7 @@ class Client(Alone):
             programs = client_programs(self.federation, specs)
             like = programs.saved_like()
             names = (["kept"] if about["kept"] else []) + [f"waiting/{index}" for index in range(len(tickets))]
-            parts = jax.tree.map(jnp.asarray, found.tree({name: like for name in names if like}))
+            parts = found.tree({name: like for name in names if like})
             rows = {name: programs.restored(parts.get(name, {})) for name in names}
             journal.kept = rows.pop("kept", None)
             journal.waiting = tuple(zip(tickets, rows.values(), strict=True))

@@ -26,16 +26,17 @@ from functional_optimodules.federated import sampling, saving
 from functional_optimodules.federated.aggregation import WeightedSum
 from functional_optimodules.federated.options import History
 from functional_optimodules.federated.participant import Shared, learns
-from functional_optimodules.federated.protocol.alone import Alone, alone
 from functional_optimodules.federated.protocol.coding import Coded
 from functional_optimodules.federated.protocol.delivery import Call, Gathering, Ledger, StaleMessageError, next_era
 from functional_optimodules.federated.protocol.message import Carried, Message, opened
+from functional_optimodules.federated.protocol.peer import Peer
 from functional_optimodules.federated.protocol.programs import server_programs
 from functional_optimodules.federated.protocol.reports import Arrived, Bounds, read_report
 from functional_optimodules.federated.protocol.travel import Contribution, Down, Up
 from functional_optimodules.federated.state import FederationState, start
 from functional_optimodules.optimizer import OptimizerState
 from functional_optimodules.random.keys import is_key
+from functional_optimodules.stateful.alone import alone
 from functional_optimodules.types import Json, Params, PyTree
 from functional_optimodules.wire.checkpoint import Checkpoint, write_checkpoint
 from functional_optimodules.wire.limits import limits
@@ -64,7 +65,7 @@ class Round:
     common: Mapping[str, Coded]
 
 
-class Server(Alone):
+class Server(Peer):
     """The server of a federation between machines.
 
         server = Server(federation, params, ["a", "b", "c"])
@@ -293,7 +294,6 @@ class Server(Alone):
             }
             tree = found.tree(self._saved(gave, after))
         _require_plausible(tree, self._saved([], ()), what)
-        tree = jax.tree.map(jnp.asarray, tree)
         self.state = self.state._replace(**{name: tree[name] for name in self.state._fields if name in tree})
         if not only:
             self._numbers = {name: number for number, name in enumerate(names)}
@@ -461,11 +461,12 @@ class Server(Alone):
             if name in ledger.given:
                 server, old = (programs.forget(each, ledger.given[name]) for each in (server, state.server))
                 state = state._replace(server=old)
-        totals = programs.nothing(len(reports), state.aggregation)
+        totals, ups = programs.nothing(len(reports), state.aggregation), dict[str, Up]()
         for index, (name, one) in enumerate(reports):
             if one is not None and one.up is not None:
+                ups[name] = self._told(name, one.up)
                 numbers = self._weight(under_way, name, one), np.float32(one.examples), self._numbers[name], index
-                totals = programs.add(totals, self._told(name, one.up), *numbers, state.aggregation)
+                totals = programs.add(totals, ups[name], *numbers, state.aggregation)
         after, told, finite = programs.step(state, server, totals, under_way.shared)
         if not finite:
             raise FloatingPointError(
@@ -475,15 +476,15 @@ class Server(Alone):
         history = self._history(under_way, told)
         # Copies, for what arrived may be a view of a whole message.
         given = {
-            name: jax.tree.map(jnp.array, Contribution.of(self._told(name, one.up), self.federation.server))
-            for name, (_, one) in under_way.reports.arrived.items()
-            if one.up is not None
+            name: jax.tree.map(jnp.array, Contribution.of(up, self.federation.server))
+            for name, up in ups.items()
+            if name not in gone
         }
         for name in gone:
             ledger.forget(name)
             self._following.pop(name, None)
-        for name in given.keys() - set(gone):
-            ledger.take(name, under_way.reports.arrived[name][0], given[name], Contribution.add)
+        for name, each in given.items():
+            ledger.take(name, under_way.reports.arrived[name][0], each, Contribution.add)
             if learns(self.federation):
                 self._following[name] = self.round + 1
         needed = set(self._following.values())

@@ -25,7 +25,7 @@ import functools
 import json
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from functional_optimodules.config.fields import differences, require_keys
-from functional_optimodules.federated import checks, saving
+from functional_optimodules.federated import checks
 from functional_optimodules.federated.driver import Evaluate, check_rounds, drive, run_piece
 from functional_optimodules.federated.federation import Federation
 from functional_optimodules.federated.loss import Metrics
@@ -46,13 +45,12 @@ from functional_optimodules.federated.sides import Own
 from functional_optimodules.federated.staged.bank import Bank
 from functional_optimodules.federated.staged.data import StagedData
 from functional_optimodules.federated.staged.evaluation import evaluate_staged
+from functional_optimodules.federated.staged.folder import describe, lock_file, saved
 from functional_optimodules.federated.staged.peers import require_alike, together
 from functional_optimodules.federated.staged.shards import Shards
 from functional_optimodules.federated.staged.stage import Block, Fresh, Piece, Stage, StagedState, host_row, local
 from functional_optimodules.federated.state import FederationState, start
-from functional_optimodules.types import Json, Params, PyTree
-from functional_optimodules.wire.arrays import decode_like, encode_array
-from functional_optimodules.wire.paths import Spec, keystr
+from functional_optimodules.types import Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +108,10 @@ class StagedFederation:
                 if folder.exists() and not folder.is_dir():
                     raise ValueError(f"StagedFederation: folder={str(self.folder)!r} is a file: expected a folder")
                 folder.mkdir(parents=True, exist_ok=True)
-                lock = _lock(folder / ("lock" if shards.first else f"lock{whose}"))
+                lock = lock_file(folder / ("lock" if shards.first else f"lock{whose}"))
             with together(shards.several):
                 if shards.first:
-                    state, first = self._saved(folder, shards, data, (state, first))
+                    state, first = saved(self.federation, folder, shards, data, (state, first))
             state, first = replicate((state, first), mesh, started)
             with together(shards.several):
                 bank = Bank(host_row(sides.row(first)), data.num_clients, folder, int(state.round), whose)
@@ -288,7 +286,7 @@ class StagedFederation:
             stage.write(state.bank, piece, number)
             if copy is not None and self.folder is not None and state.shards.first:
                 draft = Path(self.folder) / "state.partial"
-                draft.write_text(json.dumps(self._payload(state.shards, data, copy)))
+                draft.write_text(json.dumps(describe(self.federation, state.shards, data, copy)))
                 state.bank.draft = draft
                 if not state.shards.several:
                     state.bank.count()
@@ -297,50 +295,6 @@ class StagedFederation:
             text = f"StagedFederation: {error.strerror}: {what}"
             raise OSError(error.errno, text) from error
         state.bank.round = number
-
-    def _payload(self, shards: Shards, data: StagedData, copy: tuple[FederationState, Own]) -> dict[str, Json]:
-        values = {keystr(path): encode_array(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(copy)}
-        return {"federation": saving.describe(self.federation), "data": _about(shards, data), "values": values}
-
-    def _saved(
-        self, folder: Path, shards: Shards, data: StagedData, like: tuple[FederationState, Own]
-    ) -> tuple[FederationState, Own]:
-        """Return what a folder has, or what is like it if it has nothing."""
-        path = folder / "state.json"
-        if not path.exists():
-            return like
-        what = f"StagedFederation: {path}"
-        try:
-            payload = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{what} is no JSON: {error}") from None
-        mine = {"federation": saving.describe(self.federation), "data": _about(shards, data)}
-        if not isinstance(payload, Mapping):
-            raise ValueError(f"{what} should be a mapping, not {type(payload).__name__}")
-        require_keys(payload, (*mine, "values"), what)
-        for name, now in mine.items():
-            for field, was, here in differences(payload[name], json.loads(json.dumps(now))):
-                raise ValueError(f"{what} is of another run: {name} {field} was {was!r}, and is {here!r} here")
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
-        values = payload["values"]
-        if not isinstance(values, Mapping) or set(values) != {keystr(path) for path, _ in leaves}:
-            raise ValueError(f"{what} has other parameters than these, or another state")
-        read = [decode_like(values[at], Spec(leaf.shape, leaf.dtype), f"{what}, {at!r}") for at, leaf in _named(leaves)]
-        return jax.tree.unflatten(treedef, read)
-
-
-def _named(leaves: Sequence[tuple[Any, jax.Array]]) -> list[tuple[str, jax.Array]]:
-    return [(keystr(path), leaf) for path, leaf in leaves]
-
-
-def _about(shards: Shards, data: StagedData) -> dict[str, Json]:
-    """Return what must not change of the data, and of which process has which clients."""
-    return {
-        "num_clients": data.num_clients,
-        "examples": int(data.sizes.sum()),
-        "processes": list(shards.processes) if shards.several else [],
-        "sizes": data.digest(),
-    }
 
 
 def _require_clients(data: StagedData, state: StagedState) -> None:
@@ -351,22 +305,3 @@ def _require_clients(data: StagedData, state: StagedState) -> None:
 def _require_staged(data: StagedData) -> None:
     if not isinstance(data, StagedData):
         raise TypeError(f"StagedFederation: data should be StagedData, not {type(data).__name__}")
-
-
-def _lock(path: Path) -> int:
-    """Take a file, and with it its folder, for this run alone, until what is returned is closed.
-
-    Raises:
-      ValueError: if another run has it.
-    """
-    import fcntl  # not on Windows
-
-    lock = os.open(path, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(
-            f"StagedFederation: another run is at work in {path.parent}, or a state of it is still referred to here"
-        ) from None
-    return lock
