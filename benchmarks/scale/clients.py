@@ -200,6 +200,9 @@ def plot(found, tables, path):
         for each, index, scale in ((axes[column], 0, 1e3), (memories[column], 1, 1e-6)):
             each.plot(values, [scale * found[case][index] for case in cases], "o-", color=COLOURS[column], markersize=4)
             each.set_xscale("log")
+            if title == "devices":
+                each.set_xticks(values, labels=values)
+                each.minorticks_off()
             each.set_xlabel(title)
         axes[column].set_yscale("log")
         axes[column].set_ylim(1, 1_000)

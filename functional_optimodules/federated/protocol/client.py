@@ -98,10 +98,9 @@ class Client(Peer):
         Raises:
           ValueError: as `FederatedData.from_clients` does.
         """
-        super().__init__()
+        super().__init__(federation)
         if not isinstance(name, str) or not 0 < len(name) <= limits().name:
             raise ValueError(f"Client: name={quote(name)} should be a name, of at most {limits().name} characters")
-        self.federation = dataclasses.replace(federation, mapping=None)
         self.name = name
         self.data = None if data is None else FederatedData.from_clients([data])
         self.journal: Journal[Rows] = Journal()

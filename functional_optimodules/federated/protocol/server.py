@@ -107,14 +107,13 @@ class Server(Peer):
         Raises:
           ValueError: as `Federation.init` does; or if a name is repeated.
         """
-        super().__init__()
+        super().__init__(federation)
         names = [] if _is_integer(clients) else list(cast(Sequence[str], clients))
         total = operator.index(cast(int, clients)) if _is_integer(clients) else len(names)
         if isinstance(clients, str | bool) or total < 1 or not _are_names(names):
             raise ValueError(
                 f"Server: clients={quote(clients)} should be different names, or how many clients there are: at least 1"
             )
-        self.federation = dataclasses.replace(federation, mapping=None)
         self.bounds = bounds or Bounds()
         self.ledger: Ledger[Contribution] = Ledger()
         self._numbers = {name: number for number, name in enumerate(names)}

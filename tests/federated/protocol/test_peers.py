@@ -334,6 +334,12 @@ CALLS = {
 }
 
 
+def test_a_peer_is_made_of_a_federation():
+    for peer, args in ((Server, (params(), NAMES)), (Client, ("a",))):
+        with pytest.raises(TypeError, match=f"{peer.__name__}: federation should be a Federation, not str"):
+            peer("federation", *args)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_that_cannot_be_right_says_so(name):
     call, words = CALLS[name]

@@ -10,6 +10,7 @@ import pytest
 
 import functional_optimodules as fo
 from functional_optimodules.federated import Client, Federation, Server
+from functional_optimodules.modules.personal import ditto_loss
 
 NAMES = [f"client-{number}" for number in range(8)]
 ROUNDS = 4
@@ -27,6 +28,10 @@ def documented_methods():
 PROBLEM = documented_methods()
 QUICK = ["FedAvg", "SCAFFOLD", "Mime", "FedPer"]
 MORE = {
+    "Ditto": {
+        "client": fo.Optimizer(0.05, regularizers=[("ditto", {"alpha": 0.1})]),
+        "local": ["personal/**"],
+    },
     "clients with noise of their own": {
         "client": fo.Optimizer(0.05, modules=[("gaussian-noise", {"std": 0.1, "seed": 3})]),
     },
@@ -50,11 +55,14 @@ MORE = {
 )
 def test_a_method_between_peers_has_the_numbers_of_the_simulation(method):
     options = (PROBLEM["methods"] | MORE)[method]
-    federation = Federation(PROBLEM["loss"], **({"client": fo.Optimizer(0.05)} | {"batch_size": 12} | options))
+    loss, params = PROBLEM["loss"], PROBLEM["params"]
+    if method == "Ditto":
+        loss, params = ditto_loss(loss), {"shared": params, "personal": params}
+    federation = Federation(loss, **({"client": fo.Optimizer(0.05)} | {"batch_size": 12} | options))
     data = PROBLEM["data"]
     examples = [{"x": x, "y": y} for x, y in zip(PROBLEM["inputs"], PROBLEM["targets"], strict=True)]
-    simulated = federation.init(PROBLEM["params"], data, seed=1)
-    server = Server(federation, PROBLEM["params"], NAMES, seed=1)
+    simulated = federation.init(params, data, seed=1)
+    server = Server(federation, params, NAMES, seed=1)
     clients = [Client(federation, *each) for each in zip(NAMES, examples, strict=True)]
     one_round = jax.jit(federation.round)
     rng = np.random.default_rng(0)
@@ -80,4 +88,4 @@ def test_a_method_between_peers_has_the_numbers_of_the_simulation(method):
         for new, old in zip(jax.tree.leaves(server.params), jax.tree.leaves(simulated.params), strict=True):
             np.testing.assert_allclose(new, old, rtol=1e-6, atol=1e-6)
     model = clients[chosen[0]].model()
-    assert jax.tree.structure(model) == jax.tree.structure(PROBLEM["params"])
+    assert jax.tree.structure(model) == jax.tree.structure(params)
