@@ -163,7 +163,7 @@ def plot(cells, path):
     left.set_title("one label a client", loc="left", fontweight="bold")
     left.set_ylabel("test accuracy")
     left.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    left.legend(frameon=False, fontsize=6)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7)
     right.set_yscale("log")
     right.set_ylim(5, 1e4)
     right.set_ylabel("norm of the model")
