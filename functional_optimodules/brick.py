@@ -1,6 +1,7 @@
 """Bricks: the contract that an author fills in, with the stateful side that comes for free."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -53,6 +54,13 @@ class OptiModule(Brick[State], kind="module"):
     """A brick that transforms gradients, and may exchange auxiliary variables with a counterpart."""
 
     _final: ClassVar[frozenset[str]] = CONFIG | FACADE | AUX_FACADE
+
+    @classmethod
+    def _elsewhere(cls, name: str) -> str:
+        for place, prefix in ((optax, ""), (optax.contrib, "contrib.")):
+            if not name.startswith("_") and inspect.isfunction(getattr(place, name, None)):
+                return f"\n    of optax: ['optax', {{'transform': '{prefix}{name}'}}]"
+        return ""
 
     def collect_aux_var(self) -> dict[str, Json] | None:
         """Return a message for the counterpart, in JSON values, or `None`; the same again if asked again.

@@ -13,6 +13,7 @@ With u the index of the step, or of the round where `step_level` is false:
     cyclic-triangular               base + (max_lr - base) * triangle(step)
     cyclic-exp-range                the same, times decay ** step
     warmup, warmup-rounds           a linear climb, then a constant or another scheduler
+    optax                           optax.<schedule>(**config)(u)
 
 As pure functions:
 
@@ -26,6 +27,8 @@ round. A rate is computed when it is used: it is that of the step it serves.
 """
 
 import abc
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,8 +38,11 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from functional_optimodules.config.fields import hyperparameter, require_keys
+from functional_optimodules.config.calls import argument, find, refusal, require_names, require_small
+from functional_optimodules.config.fields import FrozenConfig, hyperparameter, require_keys
+from functional_optimodules.config.outside import quote, require_shallow
 from functional_optimodules.contract import Contract
+from functional_optimodules.dependence import reads_values
 from functional_optimodules.numerics import power, real, where
 from functional_optimodules.stateful.facade import CONFIG, Stateful
 from functional_optimodules.stateful.session import Session
@@ -86,6 +92,12 @@ class Scheduler(Stateful, kind="scheduler"):
         """Return the rate before the first step."""
         return self.value(self.init())
 
+    def _at(self, step: jax.Array, round_: jax.Array) -> jax.Array:
+        """Return the rate at a step and in a round that are counted elsewhere, both int32 scalars from 0."""
+        if type(self).value is not Scheduler.value or type(self).advance is not Scheduler.advance:
+            raise ValueError(f"{type(self).__name__} keeps a clock of its own: it is no function of the step")
+        return real(self.compute_value(step, round_))
+
     def advance(self, clock: PyTree) -> PyTree:
         """Return the clock after one more step."""
         return clock._replace(steps=optax.safe_increment(clock.steps))
@@ -93,6 +105,10 @@ class Scheduler(Stateful, kind="scheduler"):
     def begin_round(self, clock: PyTree) -> PyTree:
         """Return the clock as one more round begins."""
         return clock._replace(rounds=clock.rounds + 1)
+
+    def state_name(self) -> str:
+        """Return the name that saved clocks bear, for another scheduler to refuse them."""
+        return self.name
 
     def get_next_rate(self) -> float:
         """Return the rate of the next step, and count that step."""
@@ -147,7 +163,7 @@ class _Ticking(Contract, register=False):
         return self.scheduler.begin_round(state)
 
     def state_name(self) -> str:
-        return self.scheduler.name
+        return self.scheduler.state_name()
 
 
 def list_rate_schedulers() -> dict[str, type[Scheduler]]:
@@ -450,8 +466,11 @@ class _Warmup(Scheduler, register=False):
         return WarmupClock(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), self._wrapped.init())
 
     def value(self, clock: WarmupClock) -> jax.Array:
-        climb = self._wrapped._first() * _ratio(self._unit(clock) + 1, jnp.maximum(self.warmup, 1))
-        return jnp.where(self._unit(clock) < self.warmup, climb, self._wrapped.value(clock.inner))
+        return self._climb(self._unit(clock), self._wrapped.value(clock.inner))
+
+    def _climb(self, unit: jax.Array, after: jax.Array) -> jax.Array:
+        climb = self._wrapped._first() * _ratio(unit + 1, jnp.maximum(self.warmup, 1))
+        return jnp.where(unit < self.warmup, climb, after)
 
     def advance(self, clock: WarmupClock) -> WarmupClock:
         moved = self._wrapped.advance(clock.inner)
@@ -476,6 +495,9 @@ class Warmup(_Warmup):
     def _unit(self, clock: WarmupClock) -> jax.Array:
         return clock.steps
 
+    def _at(self, step: jax.Array, round_: jax.Array) -> jax.Array:
+        return self._climb(step, self._wrapped._at(jnp.maximum(step - self.warmup, 0), round_))
+
     def begin_round(self, clock: WarmupClock) -> WarmupClock:
         start = where(clock.steps < self.warmup, self._wrapped.init(), clock.inner)
         return clock._replace(rounds=clock.rounds + 1, inner=self._wrapped.begin_round(start))
@@ -497,10 +519,139 @@ class WarmupRounds(_Warmup):
     def _unit(self, clock: WarmupClock) -> jax.Array:
         return Clock(clock.steps, clock.rounds).round_
 
+    def _at(self, step: jax.Array, round_: jax.Array) -> jax.Array:
+        return self._climb(round_, self._wrapped._at(step, round_))
+
     def begin_round(self, clock: WarmupClock) -> WarmupClock:
         begun = self._wrapped.begin_round(clock.inner)
         inner = where(clock.rounds < self.warmup, clock.inner, begun)
         return clock._replace(rounds=clock.rounds + 1, inner=inner)
+
+
+_MOST_LEVELS = 20  # a configuration may come from a peer, and a climb computes twice what it climbs to
+_COSINE = {"init_value": 0, "peak_value": 1, "warmup_steps": 2, "decay_steps": 4}
+
+
+class OptaxSchedule(Scheduler):
+    """Any optax schedule, by name and JSON arguments.
+
+    The `schedules` of `join_schedules` are numbers and schedulers by name, of optax's or
+    of ours, that count steps: `[["warmup", {"base": 0.1, "warmup": 10}], 0.01]`. The keys
+    of `boundaries_and_scales` are written as JSON writes keys: `{"1000": 0.1}`.
+
+    Attributes:
+      schedule: the factory's name in optax, such as `"warmup_cosine_decay_schedule"`.
+      config: its keyword arguments, JSON values.
+      step_level: whether the unit is a step, rather than a round.
+
+    References:
+      DeepMind, "optax", https://optax.readthedocs.io.
+    """
+
+    name: ClassVar[str] = "optax"
+    examples: ClassVar[tuple[Mapping[str, Json], ...]] = (
+        {"schedule": "cosine_decay_schedule", "config": {"init_value": 0.5, "decay_steps": 6}},
+        {
+            "schedule": "join_schedules",
+            "config": {
+                "schedules": [
+                    ["warmup", {"base": 0.5, "warmup": 3}],
+                    ["optax", {"schedule": "sgdr_schedule", "config": {"cosine_kwargs": [_COSINE]}}],
+                    0.25,
+                ],
+                "boundaries": [3, 6],
+            },
+        },
+        {
+            "schedule": "piecewise_constant_schedule",
+            "config": {"init_value": 1.0, "boundaries_and_scales": {"1": 0.5, "2": 0.5}},
+            "step_level": False,
+        },
+    )
+    schedule: str
+    config: Mapping[str, Any] = hyperparameter(default=FrozenConfig({}))
+    step_level: bool = True
+
+    def validate(self) -> None:
+        """Build the schedule once.
+
+        Raises:
+          ValueError: if optax has no such schedule, it refuses an argument, the configuration
+            nests more than 20 levels deep, or an integer has more than 32 bits.
+        """
+        _optax_schedule(self.schedule, self.config)
+
+    def state_name(self) -> str:
+        return f"{self.name} {self.schedule}"
+
+    def compute_value(self, step: jax.Array, round_: jax.Array) -> jax.Array:
+        with jax.numpy_dtype_promotion("standard"):  # many of optax's own lines need it
+            return _optax_schedule(self.schedule, self.config)(step if self.step_level else round_)
+
+
+@functools.lru_cache(maxsize=512)
+def _optax_schedule(name: str, config: Any) -> Callable[[jax.Array], jax.Array]:
+    factory, what = find(optax, name, "OptaxSchedule", "schedule"), f"OptaxSchedule: optax.{name}"
+    require_shallow(config, f"{what}: its configuration", _MOST_LEVELS)
+    signature = inspect.signature(factory)
+    if signature.return_annotation != optax.Schedule:
+        raise ValueError(f"{what} makes no schedule: it returns {signature.return_annotation}")
+    require_names(config, signature.parameters, what)
+    arguments = {key: _read(signature.parameters[key], value, what) for key, value in config.items()}
+    try:
+        schedule = factory(**arguments)
+        if factory is optax.join_schedules and len(arguments["boundaries"]) != len(arguments["schedules"]) - 1:
+            raise ValueError("it takes one boundary between each two schedules")
+        with jax.numpy_dtype_promotion("standard"):
+            rate = jax.eval_shape(schedule, jax.ShapeDtypeStruct((), jnp.int32))
+        if rate.shape:
+            raise ValueError(f"it makes rates of the shape {rate.shape}")
+    except Exception as error:
+        raise ValueError(f"{what} refuses the arguments {quote(dict(config))}: {error}") from error
+    return schedule
+
+
+def _read(parameter: inspect.Parameter, value: Json, what: str) -> Any:
+    key = parameter.name
+    require_small(value, key, what)
+    if key == "schedules":
+        if not isinstance(value, list):
+            raise refusal(value, key, what, "a list of schedulers and numbers")
+        return [step_function(each, f"{what} at {key!r}") for each in value]
+    if key == "boundaries_and_scales":
+        if not isinstance(value, Mapping) or not all(each.isdecimal() for each in value):
+            raise refusal(value, key, what, "a mapping of steps to numbers, such as {'1000': 0.1},")
+        number = parameter.replace(annotation=float, default=0.0)
+        return {int(step): argument(number, scale, what) for step, scale in value.items()}
+    if key == "cosine_kwargs":
+        if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
+            raise refusal(value, key, what, "a list of mappings")
+        within = inspect.signature(optax.warmup_cosine_decay_schedule).parameters
+        for each in value:
+            require_names(each, within, f"{what} at {key!r}")
+        return [{name: argument(within[name], one, what) for name, one in each.items()} for each in value]
+    return argument(parameter, value, what)
+
+
+def step_function(rate: Json, what: str) -> Callable[[jax.Array], jax.Array]:
+    """Return the function of the step that a number, or a scheduler's name or `(name, config)` pair, stands for.
+
+    Raises:
+      ValueError: if it is neither, no scheduler can be made of it, or that counts rounds.
+    """
+    if isinstance(rate, int | float) and not isinstance(rate, bool):
+        return optax.constant_schedule(float(rate))
+    if not isinstance(rate, str | list):
+        raise ValueError(f"{what}: expected a number or a scheduler, such as ['warmup', ...], not {quote(rate)}")
+    try:
+        scheduler = Scheduler.from_specs(*([rate] if isinstance(rate, str) else rate))
+        start = jnp.zeros((), jnp.int32)
+        rounds = reads_values(lambda round_: scheduler._at(start, round_), start)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{what}: {quote(rate)} makes no scheduler: {error.args[0]}") from error
+    if rounds:
+        raise ValueError(f"{what}: {quote(rate)} counts rounds, and optax counts steps alone")
+    return lambda step: scheduler._at(step, start)
 
 
 class Constant(Scheduler, register=False):

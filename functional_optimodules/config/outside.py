@@ -14,18 +14,19 @@ from functional_optimodules.types import Json
 MOST_LEVELS = 100
 
 
-def require_shallow(value: Json, what: str) -> None:
+def require_shallow(value: Json, what: str, most: int = MOST_LEVELS) -> None:
     """Check that a value does not nest too deep to be read, or to be shown in an error.
 
     Args:
       value: anything; what is no list, tuple or mapping has no inside.
       what: how the error names it.
+      most: how many levels are taken.
 
     Raises:
-      ValueError: if it has more than `MOST_LEVELS` levels, or contains itself.
+      ValueError: if it has more levels, or contains itself.
     """
     level: list[Any] = [value]
-    for _ in range(MOST_LEVELS):
+    for _ in range(most):
         inside: list[Any] = []
         for node in level:
             if isinstance(node, Mapping):
@@ -36,7 +37,7 @@ def require_shallow(value: Json, what: str) -> None:
         level = list({id(node): node for node in inside if isinstance(node, Mapping | list | tuple)}.values())
         if not level:
             return
-    raise ValueError(f"{what} nests more than {MOST_LEVELS} levels deep")
+    raise ValueError(f"{what} nests more than {most} levels deep")
 
 
 class _Quotes(reprlib.Repr):

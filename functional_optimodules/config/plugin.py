@@ -43,7 +43,7 @@ class Plugin(Configured):
             cls._kind, cls._registry = kind, {}
             return
         _refuse_overrides(cls)
-        dataclasses.dataclass(frozen=True)(cls)
+        dataclasses.dataclass(frozen=True, repr=False)(cls)
         _refuse_shadows(cls)
         if register:
             _register(cls)
@@ -62,11 +62,18 @@ class Plugin(Configured):
         if not isinstance(name, str):
             raise TypeError(f"a {cls._kind} is named by a string, not {quote(name)}")
         if name not in cls._registry:
-            raise UnknownPlugin(f"no {cls._kind} is named {quote(name)}: {nearest(name, cls._registry)}")
+            raise UnknownPlugin(
+                f"no {cls._kind} is named {quote(name)}: {nearest(name, cls._registry)}{cls._elsewhere(name)}"
+            )
         plugin = cls._registry[name]
         if not issubclass(plugin, cls):
             raise TypeError(f"{name!r} names {plugin.__name__}, which is no {cls.__name__}")
         return plugin.from_config({} if config is None else config)
+
+    @classmethod
+    def _elsewhere(cls, name: str) -> str:
+        """Return what an error adds about a name that no plug-in of this kind has."""
+        return ""
 
     def bare(self) -> Self:
         """Return an equal plug-in that has no facade's state."""

@@ -9,8 +9,8 @@ Step(grads):
 
 import contextlib
 import functools
-import inspect
 import math
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -20,25 +20,16 @@ import jax.numpy as jnp
 import optax
 
 from functional_optimodules.brick import OptiModule
-from functional_optimodules.config.fields import FrozenConfig, hyperparameter, nearest
+from functional_optimodules.config.fields import FrozenConfig, hyperparameter
 from functional_optimodules.config.outside import quote
+from functional_optimodules.modules.optax_parts import Builder, Part
 from functional_optimodules.numerics import cast_like, wide
 from functional_optimodules.packing.adapter import Unpacks
 from functional_optimodules.packing.tree import unpack
-from functional_optimodules.types import Json, Params, PyTree, Updates
-from functional_optimodules.wire.paths import keystr, leaf_paths
+from functional_optimodules.random.keys import shapes_only
+from functional_optimodules.types import Params, PyTree, Updates
 
-# The sign of what a factory makes follows from whether it takes a `learning_rate`, but for these:
-# the first name theirs otherwise or take none, the last calls its first step size so.
-_DOWNHILL = frozenset({"polyak_sgd", "contrib.scale_by_cocob"})
-_UPHILL = frozenset({"scale_by_rprop"})
-
-# A configuration may come from a peer: what it can ask for is bounded.
-_MOST_COPIES = 1000
-_MOST_INTEGER = 2**32
-_MOST_PASSES = 1000
-_PASSES = frozenset({"ns_steps"})  # how often something is done within one step
-_TEXTS = ("str", "Any", "Literal", "dtype", "Precision", "empty")
+_MOST_COPIES = 1000  # a configuration may come from a peer: what it can ask for is bounded
 
 
 class OptaxState(NamedTuple):
@@ -67,12 +58,27 @@ class OptaxModule(OptiModule[OptaxState]):
     optax differentiates to NaN at a gradient of zero it does here too: give its
     Adam an `eps_root`.
 
+    What optax takes as objects has these forms:
+
+    - a schedule: a number, or a scheduler that counts steps, `["warmup", {"base": 0.1, "warmup": 10}]`.
+      It is optax that counts.
+    - a mask: a glob pattern over paths or a list of them, `"**/kernel"`; or nested dicts of booleans
+      by key, `{"layer": {"kernel": true, "bias": false}}`, where a boolean stands for all that is below it.
+    - a transformation within another: a module, `["adam", {}]`, or one of optax's,
+      `["optax", {"transform": "sgd", "config": {"learning_rate": 0.1}}]`; lists and mappings of them for
+      `chain`, whose argument is `args`, `named_chain` and `partition`.
+    - the labels of `partition`: `[pattern, label]` pairs, of which the first that matches counts, or nested
+      dicts by key; the dimension numbers of Muon and GaLore: patterns, or pairs of
+      `[pattern, {"reduction_axis": 0, "output_axis": [1, 2]}]`.
+    - a dtype: its name.
+
+    `lookahead`, `schedule_free`, `mechanize` and `sam` add updates to parameters on their own account:
+    the rate belongs into the optimizer that they wrap, and that of the `Optimizer` is 1.
+
     Attributes:
       transform: the factory's name in optax, such as `"lion"`, `"scale_by_adam"`
         or `"contrib.prodigy"`.
-      config: its keyword arguments, JSON values. A mask of parameters is nested dicts of
-        booleans by key, `{"layer": {"kernel": true, "bias": false}}`, where a boolean
-        stands for all that is below it.
+      config: its keyword arguments, JSON values.
 
     References:
       DeepMind, "optax", https://optax.readthedocs.io.
@@ -83,25 +89,38 @@ class OptaxModule(OptiModule[OptaxState]):
         {"transform": "lion", "config": {"b1": 0.8}},
         {"transform": "scale_by_adam", "config": {"b2": 0.99, "nesterov": True, "eps_root": 1e-8}},
         {"transform": "sgd", "config": {"momentum": 0.5}},
+        {
+            "transform": "chain",
+            "config": {
+                "args": [
+                    ["momentum", {"beta": 0.5}],
+                    [
+                        "optax",
+                        {"transform": "sgd", "config": {"learning_rate": ["warmup", {"base": 0.5, "warmup": 3}]}},
+                    ],
+                ]
+            },
+        },
     )
     transform: str
     config: Mapping[str, Any] = hyperparameter(default=FrozenConfig({}))
 
     def validate(self) -> None:
-        """Build the transformation once.
+        """Build the transformation once, and try a step of it on shapes.
 
         Raises:
-          ValueError: if optax has no such factory, it refuses the arguments, what it
-            makes is no gradient transformation, an integer has more than 32 bits, or a
-            state would be larger than 1000 times the parameters.
+          ValueError: if optax has no such factory, it or one of its parts refuses an argument, what
+            it makes is no gradient transformation, an integer has more than 32 bits, a state would
+            be larger than 1000 times the parameters, the configuration nests more than 20
+            levels deep, there are more than 32 parts, or one takes part in rounds.
         """
-        _require_small_state(_build(self.transform, self.config)[0], self.transform, self.config)
+        _try(self.transform, self.config)
 
     def state_name(self) -> str:
-        return f"{self.name} {self.transform}"
+        return f"{self.name} {_build(self.transform, self.config).label}"
 
     def init(self, params: Params) -> OptaxState:
-        transform, _ = _build(self.transform, self.config)
+        transform = _build(self.transform, self.config).transform
         with self._named(), jax.numpy_dtype_promotion("standard"):  # many of optax's own lines need it
             inner = transform.init(jax.tree.map(wide, unpack(params)))
         return OptaxState(jax.tree.map(jnp.array, inner))
@@ -109,7 +128,7 @@ class OptaxModule(OptiModule[OptaxState]):
     def update(
         self, updates: Updates, state: OptaxState, params: Params = None, **extra_args: PyTree
     ) -> tuple[Updates, OptaxState]:
-        transform, sign = _build(self.transform, self.config)
+        transform, sign, _ = _build(self.transform, self.config)
         exact = jax.tree.map(wide, unpack((updates, params)))
         try:
             with self._named(extra_args), jax.numpy_dtype_promotion("standard"):
@@ -133,104 +152,91 @@ class OptaxModule(OptiModule[OptaxState]):
             # What the caller's own function raises is the caller's.
             if isinstance(error, jax.errors.JaxRuntimeError) or any(map(callable, extra_args.values())):
                 raise
-            raise ValueError(
-                f"OptaxModule: optax.{self.transform} with the arguments {quote(dict(self.config))} fails: {error}"
-            ) from error
+            raise _failure(self.transform, self.config, error) from error
+
+
+def _failure(name: str, config: Any, error: Exception) -> ValueError:
+    return ValueError(f"OptaxModule: optax.{name} with the arguments {quote(dict(config))} fails: {error}")
+
+
+# The shapes that a step is tried on: there are transformations of matrices alone, and arguments that name any axis.
+_TRIED = (
+    {"matrix": jax.ShapeDtypeStruct((8, 8), jnp.float32), "vector": jax.ShapeDtypeStruct((8,), jnp.float32)},
+    {"tensor": jax.ShapeDtypeStruct((2,) * 8, jnp.float32)},
+    {"matrix": jax.ShapeDtypeStruct((8, 8), jnp.float32)},
+)
+
+
+class _TooLarge(ValueError):
+    """A state is larger than is taken."""
 
 
 @functools.lru_cache(maxsize=512)
-def _build(name: str, config: Any) -> tuple[optax.GradientTransformationExtraArgs, int]:
-    factory = _find(name)
-    arguments = dict(config)
-    signature = inspect.signature(factory)
-    parameters, made = signature.parameters, signature.return_annotation
-    if made is not inspect.Signature.empty and "GradientTransformation" not in str(made):
-        raise ValueError(f"OptaxModule: optax.{name} makes no gradient transformation: it returns {made}")
-    for key, value in config.items():
-        if key not in parameters:
-            raise ValueError(f"OptaxModule: optax.{name} takes no argument {quote(key)}: {nearest(key, parameters)}")
-        # optax itself would only stumble over it in the middle of a step, or take a text so many times
-        number = isinstance(parameters[key].default, int | float) and isinstance(value, str | list | dict)
-        if number or (isinstance(value, str) and not any(kind in str(parameters[key].annotation) for kind in _TEXTS)):
-            raise ValueError(f"OptaxModule: optax.{name} takes a number for {key!r}, not {quote(value)}")
-        most = _MOST_PASSES if key in _PASSES else _MOST_INTEGER
-        if isinstance(value, int) and abs(value) > most:
-            raise ValueError(f"OptaxModule: optax.{name} takes at most {most} for {key!r}, not {quote(value)}")
-        if key.endswith("mask") and isinstance(value, Mapping):
-            arguments[key] = _mask_by_path(value, f"OptaxModule: {key} of optax.{name}")
-    descends = name in _DOWNHILL
-    if "learning_rate" in parameters:
-        arguments.setdefault("learning_rate", 1.0)
-        descends = name not in _UPHILL and arguments.get("flip_sign", True)
-    try:
-        transform = factory(**arguments)
-    except Exception as error:
-        raise ValueError(f"OptaxModule: optax.{name} refuses the arguments {quote(arguments)}: {error}") from error
-    if not isinstance(transform, optax.GradientTransformation):
-        raise ValueError(f"OptaxModule: optax.{name} makes no gradient transformation, but {transform!r}")
-    return optax.with_extra_args_support(transform), -1 if descends else 1
+def _build(name: str, config: Any) -> Part:
+    return Builder().make(name, config)
 
 
 @functools.lru_cache(maxsize=512)
-def _require_small_state(transform: optax.GradientTransformation, name: str, config: Any) -> None:
-    mask = next((value for key, value in config.items() if key.endswith("mask") and isinstance(value, Mapping)), None)
-    like = jax.ShapeDtypeStruct((8, 8), jnp.float32)
-    params = {"matrix": like, "vector": jax.ShapeDtypeStruct((8,), jnp.float32)}
-    if mask is not None:
-        params = jax.tree.map(lambda _: like, dict(mask))
-    try:
-        with jax.numpy_dtype_promotion("standard"):
-            state = jax.eval_shape(transform.init, params)
-    except Exception:  # it wants other parameters: what it says of the user's own names it
-        return
+def _try(name: str, config: Any) -> None:
+    """Take a step on shapes: over some arguments optax itself only stumbles in the middle of a run."""
+    _build(name, config)
+    transform, errors = Builder(anywhere=True).make(name, config).transform, list[Exception]()
+    for params in _TRIED:
+        try:
+            with shapes_only(), jax.numpy_dtype_promotion("standard"):
+                _step(transform, params, f"optax.{name} with the arguments {quote(dict(config))}")
+            return
+        except _TooLarge:
+            raise
+        except Exception as error:
+            errors.append(error)
+    raise _failure(name, config, errors[0]) from errors[0]
+
+
+def _step(transform: optax.GradientTransformationExtraArgs, params: Params, what: str) -> None:
+    state = jax.eval_shape(transform.init, params)
     size, of_params = (sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for tree in (state, params))
     if size > _MOST_COPIES * of_params:
-        raise ValueError(
-            f"OptaxModule: optax.{name} with the arguments {quote(dict(config))} has a state of {size} numbers for "
-            f"{of_params} parameters: at most {_MOST_COPIES} times as many are taken"
+        raise _TooLarge(
+            f"OptaxModule: {what} has a state of {size} numbers for {of_params} parameters: at most {_MOST_COPIES} "
+            "times as many are taken"
         )
+    updates, new = _shapes(transform, params, state, frozenset())
+    if _specs(updates, jnp.shape) != _specs(params, jnp.shape):
+        raise ValueError("the updates are shaped otherwise than the gradients")
+    if _specs(new, _shape_and_dtype) != _specs(state, _shape_and_dtype):
+        raise ValueError("after a step the state has other shapes or dtypes than before")
 
 
-def _mask_by_path(mask: Json, what: str) -> Callable[[PyTree], PyTree]:
-    """Return a mask, for any container of the parameters, that was written as nested dicts of booleans by key.
+def _shapes(
+    transform: optax.GradientTransformationExtraArgs, params: Params, state: PyTree, asked: frozenset[str]
+) -> tuple[Updates, PyTree]:
+    """Return the shapes of what a step returns, given those of the extra arguments that are asked for."""
 
-    Raises:
-      ValueError: if a value is no boolean; the mask itself raises it for parameters that
-        it does not cover, and for what it names and is not there.
-    """
-    nodes = jax.tree.leaves_with_path(mask, is_leaf=lambda node: not isinstance(node, Mapping))
-    entries = {keystr(path): node for path, node in nodes}
-    for path, node in entries.items():
-        if not isinstance(node, bool):
-            raise ValueError(f"{what} should be a boolean at {quote(path)}, not {quote(node)}")
+    def loss(params: Params) -> jax.Array:
+        return sum(map(jnp.sum, jax.tree.leaves(params)), jnp.zeros(()))
 
-    def call(tree: PyTree) -> PyTree:
-        chosen = []
-        for path in leaf_paths(tree):
-            entry = next((entry for entry in entries if f"{path}/".startswith(f"{entry}/")), None)
-            if entry is None:
-                raise ValueError(f"{what} says nothing of the parameter {path!r}: it names {quote(sorted(entries))}")
-            chosen.append(entry)
-        if unused := sorted(entries.keys() - set(chosen)):
-            raise ValueError(f"{what} names {quote(unused[0])}, and there are the parameters {quote(leaf_paths(tree))}")
-        return jax.tree.unflatten(jax.tree.structure(tree), [entries[entry] for entry in chosen])
+    def update(updates: Updates, state: PyTree, params: Params) -> tuple[Updates, PyTree]:
+        known = {"value": loss(params), "grad": updates, "value_fn": loss, "obj_fn": loss, "grad_fn": lambda at, _: at}
+        return transform.update(updates, state, params, **{name: known[name] for name in asked})
 
-    return call
+    try:
+        return jax.eval_shape(update, params, state, params)
+    except Exception as error:
+        missing = _EXTRA.findall(str(error))
+        if asked.issuperset(missing):
+            raise
+        return _shapes(transform, params, state, asked.union(missing))
 
 
-def _find(name: str) -> PyTree:
-    place: Any = optax
-    for part in name.split("."):
-        if part.startswith("_") or not hasattr(place, part):
-            known = [each for each in dir(place) if not each.startswith("_")]
-            raise ValueError(f"OptaxModule: optax has no public {quote(name)}: {nearest(part, known)}")
-        place = getattr(place, part)
-        function = place.func if isinstance(place, functools.partial) else place
-        home = getattr(inspect.getmodule(function), "__name__", "")
-        foreign = home.split(".")[0] != "optax"
-        # A configuration may come from a peer: it must not reach what optax happens to import.
-        if foreign:
-            break
-    if foreign or not inspect.isfunction(function):
-        raise ValueError(f"OptaxModule: optax.{name} makes no gradient transformation: it is {place!r}")
-    return place
+# As Python and optax say it: "missing 1 required keyword-only argument: 'value'", "obj_fn must be provided".
+_EXTRA = re.compile(r"\b(value|grad|value_fn|obj_fn|grad_fn)(?=' and|'$|', |' ?\n| must be provided)")
+
+
+def _specs(tree: PyTree, spec: Callable[[jax.Array], Any]) -> PyTree:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [spec(leaf) for leaf in leaves]
+
+
+def _shape_and_dtype(leaf: jax.Array) -> Any:
+    return leaf.shape, leaf.dtype

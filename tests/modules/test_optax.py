@@ -161,14 +161,14 @@ def test_narrow_gradients_come_back_in_their_dtype(dtype):
         ("", {}, "no public ''"),
         ("lion", {"b3": 0.9}, r"optax.lion takes no argument 'b3': did you mean 'b\d'"),
         ("clip", {}, "optax.clip refuses the arguments {}: .*max_delta"),
-        ("adamw", {"mu_dtype": "float31"}, "optax.adamw refuses the arguments .*float31"),
         ("masked", {}, "optax.masked refuses the arguments {}: .*inner"),
         ("apply_updates", {}, "optax.apply_updates makes no gradient transformation"),
         ("l2_loss", {}, "optax.l2_loss makes no gradient transformation"),
         ("l2_loss", {"predictions": 1.0}, "optax.l2_loss makes no gradient transformation"),
         ("cosine_decay_schedule", {"init_value": 1.0, "decay_steps": 3}, "makes no gradient transformation"),
         ("EmptyState", {}, "optax.EmptyState makes no gradient transformation"),
-        ("MultiSteps", {}, "optax.MultiSteps makes no gradient transformation"),
+        ("MultiSteps", {}, "optax.MultiSteps refuses the arguments {}: .*'opt'"),
+        ("GradientTransformation", {}, "optax.GradientTransformation makes no gradient transformation"),
         ("Schedule", {}, "optax.Schedule makes no gradient transformation"),
         ("contrib", {}, "optax.contrib makes no gradient transformation"),
     ],
@@ -266,7 +266,7 @@ def test_a_state_with_masked_parts_is_saved_and_goes_on():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        ({"a": True}, "mask of optax.add_decayed_weights says nothing of the parameter 'b/c': it names \\['a'\\]"),
+        ({"a": True}, "optax.add_decayed_weights at 'mask' says nothing of the parameter 'b/c': it names \\['a'\\]"),
         ({**MASK, "z": True}, "names 'z', and there are the parameters"),
         ({**MASK, "b": 1}, "should be a boolean at 'b', not 1"),
     ],
@@ -293,8 +293,9 @@ def test_a_function_among_the_arguments_of_the_stateful_side_is_refused_by_name(
         (
             "contrib.dpsgd",
             {"learning_rate": 0.1, "l2_norm_clip": "sgd", "noise_multiplier": 2147483648, "seed": 0},
-            "optax.contrib.dpsgd takes a number for 'l2_norm_clip', not 'sgd'",
+            "optax.contrib.dpsgd is made by no configuration: it takes gradients of each example",
         ),
+        ("clip", {"max_delta": "sgd"}, "optax.clip takes a number for 'max_delta', not 'sgd'"),
         ("scale_by_lbfgs", {"memory_size": 10**6}, "optax.scale_by_lbfgs with .* has a state of .* at most 1000 times"),
         ("contrib.mechanize", {"weight_decay": 10**4000}, "'weight_decay', not <an integer of 13288 bits>"),
         ("contrib.muon", {"ns_steps": 10**6}, "takes at most 1000 for 'ns_steps', not 1000000"),
@@ -315,3 +316,12 @@ def test_arguments_that_fail_at_the_first_step_are_named():
     module = fo.OptaxModule("adaptive_grad_clip", {"clipping": 0.1, "axis": 7})
     with pytest.raises(ValueError, match=r"optax.adaptive_grad_clip with the arguments .*'axis': 7.* fails: .*axis"):
         module.run(TARGET, TARGET)
+
+
+@pytest.mark.parametrize(("name", "found"), [("adamw", "'adamw'"), ("muon", "'contrib.muon'")])
+def test_what_only_optax_has_is_said_to_be_there(name: str, found: str) -> None:
+    with pytest.raises(KeyError) as error:
+        fo.Optimizer(0.1, modules=[name])
+    assert f"of optax: ['optax', {{'transform': {found}}}]" in error.value.args[0]
+    with pytest.raises(ValueError, match=r"did you mean 'contrib\.muon'"):
+        fo.OptaxModule("muon")
