@@ -31,7 +31,7 @@ from functional_optimodules.optimizer import Optimizer
 from functional_optimodules.random.keys import from_words, words
 from functional_optimodules.stateful.compiled import layout_of
 from functional_optimodules.types import Json, PyTree
-from functional_optimodules.wire.arrays import decode_like, encode_array
+from functional_optimodules.wire.arrays import decode_like, encode_array, with_words
 from functional_optimodules.wire.layout import decode_tree, encode_tree
 from functional_optimodules.wire.paths import Spec, Specs, keystr, specs_from_json
 
@@ -99,14 +99,14 @@ def encode(federation: "Federation", state: FederationState) -> dict[str, Json]:
         "server": layout_of(federation.server, shared.flat()).encode(state.server, shared),
         "clients": clients,
         "bank": {name: encode_array(leaf) for name, leaf in _leaves(parts).items()},
-        **{name: encode_tree(tree, Specs.of(tree)) for name, tree in _extras(sides, state).items()},
+        **{name: encode_tree(tree, Specs.of(tree)) for name, tree in extras(sides, state).items()},
     }
 
 
-def _extras(sides: Sides, state: FederationState) -> dict[str, PyTree]:
+def extras(sides: Sides, state: FederationState) -> dict[str, PyTree]:
     """Return what only some federations have, by name."""
-    extras = {"stats": state.stats, "aggregation": sides.client.portable(state.aggregation)}
-    return {name: tree for name, tree in extras.items() if jax.tree.leaves(tree)}
+    found = {"stats": state.stats, "aggregation": sides.client.portable(state.aggregation)}
+    return {name: tree for name, tree in found.items() if jax.tree.leaves(tree)}
 
 
 def decode(
@@ -117,8 +117,8 @@ def decode(
         raise ValueError(f"Federation: a saved state is a mapping, not {type(payload).__name__}")
     require_shallow(payload, _SAVED)
     sides = own_sides(federation, like)
-    extras = _extras(sides, like)
-    require_keys(payload, (*_KEYS, *extras), _SAVED)
+    more = extras(sides, like)
+    require_keys(payload, (*_KEYS, *more), _SAVED)
     require_alike(payload["federation"], federation, changed, _SAVED)
     number, total = payload["round"], payload["num_clients"]
     if type(number) is not int or not 0 <= number < 2**31:
@@ -134,7 +134,7 @@ def decode(
         return decode_tree(payload[key], specs, leaf, f"Federation: {what}")
 
     shared = Specs.of(sides.params.shared(like.params))
-    others = {name: read(name, Specs.of(tree), f"the {name}") for name, tree in extras.items()}
+    others = {name: read(name, Specs.of(tree), f"the {name}") for name, tree in more.items()}
     if "aggregation" in others:
         others["aggregation"] = sides.client.adopt(others["aggregation"], like.aggregation)
     new = like._replace(
@@ -157,6 +157,7 @@ def _decode_bank(sides: Sides, payload: Mapping[str, Json], like: FederationStat
         raise ValueError(f"{_SAVED}'s 'clients' should be a list of numbers")
     models = {name: jax.eval_shape(sides.client.portable, part) for name, part in sides.kept.items()}
     specs = _leaves(models)
+    bank = with_words(bank, specs) if isinstance(bank, Mapping) else bank
     if not isinstance(bank, Mapping) or set(bank) != set(specs):
         raise ValueError(f"{_SAVED}'s 'bank' should hold {list(specs)}")
     places = {client: place for place, client in enumerate(clients)}

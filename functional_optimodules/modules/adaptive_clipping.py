@@ -30,7 +30,7 @@ from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.modules.clipping import shrink, squared_norm
 from functional_optimodules.modules.noise import noised
-from functional_optimodules.random.keys import make_key
+from functional_optimodules.random.keys import CipherKey, make_key, typed
 from functional_optimodules.types import Params, PyTree, Updates
 
 
@@ -112,7 +112,7 @@ class AdaptiveClippingServerState(NamedTuple):
     """State of `AdaptiveClippingServerModule`.
 
     Attributes:
-      key: typed PRNG key.
+      key: the cipher's key; without `safe_mode`, a typed PRNG key.
       steps: int32 scalar, how many updates were noised.
       bound: float32 scalar, the bound of the next update's deltas.
       inside: float32 scalar, how many of them were within it.
@@ -120,7 +120,7 @@ class AdaptiveClippingServerState(NamedTuple):
       share: float32 scalar, the noised share of the last ones that were within theirs.
     """
 
-    key: jax.Array
+    key: CipherKey | jax.Array
     steps: jax.Array
     bound: jax.Array
     inside: jax.Array
@@ -146,7 +146,7 @@ class AdaptiveClippingServerModule(OptiModule[AdaptiveClippingServerState]):
       safe_mode: whether to draw from the key stream of the ChaCha20 cipher,
         rather than from JAX's default generator, which is faster and no cipher.
       seed: where the key comes from: with `None`, from the operating system, so
-        that `init` must then be called outside of `jit`.
+        that `init` must then be called outside of `jit`, or within `entropy`.
 
     Raises:
       ValueError: if there is noise on the mean, and too little on the count for both
@@ -192,10 +192,12 @@ class AdaptiveClippingServerModule(OptiModule[AdaptiveClippingServerState]):
     def update(
         self, updates: Updates, state: AdaptiveClippingServerState, params: Params = None, **extra_args: PyTree
     ) -> tuple[Updates, AdaptiveClippingServerState]:
-        for_mean, for_count = jax.random.split(jax.random.fold_in(state.key, state.steps))
+        for_mean, for_count = jax.random.split(jax.random.fold_in(typed(state.key), state.steps))
         joined = jnp.maximum(state.joined, 1)
         if not self._is_noiseless:
-            multiplier = self.noise_multiplier / jnp.sqrt(1 - (self.noise_multiplier / (2 * self.count_std)) ** 2)
+            noise = jnp.asarray(self.noise_multiplier)
+            share_of_count = jnp.where(noise > 0, noise / (2 * self.count_std), 0)
+            multiplier = noise / jnp.sqrt(1 - share_of_count**2)
             updates = noised(updates, for_mean, multiplier * state.bound / joined)
         count = state.inside + self.count_std * jax.random.normal(for_count, (), jnp.float32)
         share = count / joined

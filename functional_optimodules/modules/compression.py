@@ -157,7 +157,7 @@ class TopKModule(OptiModule[CompressionState]):
 
     name: ClassVar[str] = "top-k"
     packable: ClassVar[bool] = True
-    fraction: float = hyperparameter(default=0.01, within="(0, 1]")
+    fraction: float = hyperparameter(default=0.01, within="(0, 1]", static=True)
     error_feedback: bool = True
 
     def init(self, params: Params) -> CompressionState:
@@ -297,7 +297,7 @@ class RandomKModule(OptiModule[RandomCompressionState]):
       fraction: of the coordinates, how many are sent.
       error_feedback: whether what is not sent is added to the next updates.
       seed: where the key comes from: with `None`, from the operating system, so
-        that `init` must then be called outside of `jit`.
+        that `init` must then be called outside of `jit`, or within `entropy`.
 
     References:
       Konečný and Richtárik, "Randomized distributed mean estimation: accuracy vs.
@@ -308,7 +308,7 @@ class RandomKModule(OptiModule[RandomCompressionState]):
     """
 
     name: ClassVar[str] = "random-k"
-    fraction: float = hyperparameter(default=0.01, within="(0, 1]")
+    fraction: float = hyperparameter(default=0.01, within="(0, 1]", static=True)
     error_feedback: bool = False
     seed: int | None = hyperparameter(default=None, within="[0, 4294967295]")
 
@@ -359,7 +359,7 @@ class QSGDModule(OptiModule[RandomCompressionState]):
       per_parameter: whether each parameter has a norm of its own.
       error_feedback: whether what is not sent is added to the next updates.
       seed: where the key comes from: with `None`, from the operating system, so
-        that `init` must then be called outside of `jit`.
+        that `init` must then be called outside of `jit`, or within `entropy`.
 
     References:
       Alistarh et al., "QSGD: communication-efficient SGD via gradient quantization

@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.numerics import wide
-from functional_optimodules.random.keys import make_key
+from functional_optimodules.random.keys import CipherKey, make_key, typed
 from functional_optimodules.types import Params, PyTree, Updates
 from functional_optimodules.wire.paths import leaf_paths
 
@@ -31,11 +31,11 @@ class NoiseState(NamedTuple):
     """State of `GaussianNoiseModule`.
 
     Attributes:
-      key: typed PRNG key.
+      key: the cipher's key; without `safe_mode`, a typed PRNG key.
       steps: int32 scalar, how many draws were made.
     """
 
-    key: jax.Array
+    key: CipherKey | jax.Array
     steps: jax.Array
 
 
@@ -56,7 +56,7 @@ class GaussianNoiseModule(OptiModule[NoiseState]):
       safe_mode: whether to draw from the key stream of the ChaCha20 cipher,
         rather than from JAX's default generator, which is faster and no cipher.
       seed: where the key comes from: with `None`, from the operating system, so
-        that `init` must then be called outside of `jit`. A seed makes runs
+        that `init` must then be called outside of `jit`, or within `entropy`. A seed makes runs
         reproducible, and the noise no more secret than the seed.
 
     References:
@@ -77,7 +77,7 @@ class GaussianNoiseModule(OptiModule[NoiseState]):
     def update(
         self, updates: Updates, state: NoiseState, params: Params = None, **extra_args: PyTree
     ) -> tuple[Updates, NoiseState]:
-        noisy = noised(updates, jax.random.fold_in(state.key, state.steps), self.std)
+        noisy = noised(updates, jax.random.fold_in(typed(state.key), state.steps), self.std)
         return noisy, NoiseState(state.key, state.steps + 1)
 
 

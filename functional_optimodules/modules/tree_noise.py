@@ -28,7 +28,7 @@ from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
 from functional_optimodules.modules.noise import NoiseState, draw
 from functional_optimodules.numerics import wide
-from functional_optimodules.random.keys import make_key
+from functional_optimodules.random.keys import make_key, typed
 from functional_optimodules.types import Params, PyTree, Updates
 from functional_optimodules.wire.paths import leaf_paths
 
@@ -55,7 +55,7 @@ class TreeAggregationNoiseModule(OptiModule[NoiseState]):
       safe_mode: whether to draw from the key stream of the ChaCha20 cipher,
         rather than from JAX's default generator, which is faster and no cipher.
       seed: where the key comes from: with `None`, from the operating system, so
-        that `init` must then be called outside of `jit`.
+        that `init` must then be called outside of `jit`, or within `entropy`.
 
     References:
       Kairouz et al., "Practical and private (deep) learning without sampling or
@@ -76,12 +76,12 @@ class TreeAggregationNoiseModule(OptiModule[NoiseState]):
     ) -> tuple[Updates, NoiseState]:
         leaves, treedef = jax.tree.flatten(updates)
         exact, paths, steps = [wide(leaf) for leaf in leaves], leaf_paths(updates), state.steps + 1
-        new = jax.lax.population_count((steps & -steps) - 1)
+        key, new = typed(state.key), jax.lax.population_count((steps & -steps) - 1)
 
         def turn(level: jax.Array, total: list[jax.Array]) -> list[jax.Array]:
             begins = level == new
             node = jnp.where(begins, steps, state.steps) >> level
-            noise = draw(jax.random.fold_in(jax.random.fold_in(state.key, level), node), exact, paths)
+            noise = draw(jax.random.fold_in(jax.random.fold_in(key, level), node), exact, paths)
             return [sum_ + jnp.where(begins, z, -z) for sum_, z in zip(total, noise, strict=True)]
 
         change = jax.lax.fori_loop(0, new + 1, turn, [jnp.zeros_like(x) for x in exact])

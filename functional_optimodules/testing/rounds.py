@@ -7,7 +7,7 @@ import numpy as np
 from functional_optimodules.brick import Brick, OptiModule
 from functional_optimodules.numerics import wide
 from functional_optimodules.packing.adapter import adapted
-from functional_optimodules.random.keys import is_key
+from functional_optimodules.random.keys import CipherKey, is_any_key
 from functional_optimodules.testing.check import check
 from functional_optimodules.testing.exchange import received
 from functional_optimodules.testing.trees import (
@@ -79,14 +79,25 @@ def check_fold_in_separates_clients(brick: Brick) -> None:
     """An identity changes every PRNG key of a state, and nothing else."""
     state = brick.init(parameters())
     first, second = brick.fold_in(state, 1), brick.fold_in(state, 2)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_any_key):
         at = jax.tree_util.keystr(path)
-        a, b = (dict(jax.tree_util.tree_leaves_with_path(each))[path] for each in (first, second))
+        a, b = (dict(jax.tree_util.tree_leaves_with_path(each, is_leaf=is_any_key))[path] for each in (first, second))
         same = np.array_equal(to_numpy(a), to_numpy(b))
-        if is_key(leaf):
+        if is_any_key(leaf):
             assert not same, f"clients 1 and 2 have the same key at {at}: leave `fold_in` as it is"
         else:
             assert np.array_equal(to_numpy(a), to_numpy(leaf)), f"`fold_in` changes {at}, which is no key"
-        assert is_key(leaf) or leaf.dtype != np.uint32, (
+        assert is_any_key(leaf) or leaf.dtype != np.uint32, (
             f"the state holds uint32 at {at}: a PRNG key is made by `jax.random.key`, for `fold_in` to find it"
+        )
+
+
+@check(Brick, scope="class")
+def check_keys_can_be_restored(brick: Brick) -> None:
+    """PRNG keys of a state are of generators that JAX has, which is how checkpointers restore them."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(brick.init(parameters()), is_leaf=is_any_key):
+        known = not is_any_key(leaf) or isinstance(leaf, CipherKey) or isinstance(jax.random.key_impl(leaf), str)
+        assert known, (
+            f"the key at {jax.tree_util.keystr(path)} is of a generator that JAX has no name for, which Orbax saves "
+            "and cannot restore: make it of one of JAX's, or by `make_key`"
         )

@@ -17,7 +17,7 @@ from functional_optimodules.numerics import wide
 from functional_optimodules.optimizer import Optimizer
 from functional_optimodules.packing.adapter import Adapter
 from functional_optimodules.packing.tree import unpack
-from functional_optimodules.random.keys import is_key
+from functional_optimodules.random.keys import is_any_key, words
 from functional_optimodules.types import HostArray, Json, Leaf, PyTree
 from functional_optimodules.wire.paths import keystr
 
@@ -125,7 +125,7 @@ def finish(brick: Brick, params: PyTree) -> None:
 
 def leaves_without_keys(state: PyTree) -> list[PyTree]:
     """Return the leaves of a state that are no PRNG keys."""
-    return [leaf for leaf in jax.tree.leaves(state) if not is_key(leaf)]
+    return [leaf for leaf in jax.tree.leaves(state, is_leaf=is_any_key) if not is_any_key(leaf)]
 
 
 def assert_same(found: PyTree, expected: PyTree, broken: str, close: bool = False, size: float = 0.0) -> None:
@@ -184,5 +184,5 @@ def assert_same_spec(found: PyTree, expected: PyTree, broken: str) -> None:
 
 def to_numpy(leaf: Any) -> HostArray:
     """Return an array, or the words of PRNG keys, as NumPy's; bfloat16 and its kin as float32."""
-    values = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+    values = np.asarray(words(leaf) if is_any_key(leaf) else leaf)
     return values if values.dtype.kind in "biufc" else values.astype(np.float32)

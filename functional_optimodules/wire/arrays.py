@@ -8,9 +8,10 @@ that are there before any array is made.
 
 import binascii
 import functools
+import itertools
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from functional_optimodules.config.outside import quote
-from functional_optimodules.random.keys import generator_name, generator_named, is_key
+from functional_optimodules.random.keys import CIPHER, generator_name, generator_named, is_key
 from functional_optimodules.types import HostArray, Json
 from functional_optimodules.wire.paths import Spec, read_dtype, read_shape
 
@@ -89,6 +90,21 @@ def _decode(dtype: Any, shape: tuple[int, ...], data: Json, what: str) -> jax.Ar
         values = values.byteswap()
     aligned = values.ctypes.data % _ALIGNMENT == 0
     return jnp.array(values) if aligned or values.nbytes < _LARGE else jax.device_put(values)
+
+
+def with_words(arrays: Mapping[str, Json], expected: Collection[str]) -> dict[str, Json]:
+    """Return arrays by name, those of `CipherKey`s as they are saved now: they were once of a dtype of their own."""
+
+    def item(name: str, array: Json) -> tuple[str, Json]:
+        now = f"{name}/words"
+        if name in expected or now not in expected or not isinstance(array, Mapping):
+            return name, array
+        shape = array.get("shape")
+        if array.get("dtype") != f"{KEY}{CIPHER}" or not isinstance(shape, list):
+            return name, array
+        return now, {**array, "dtype": "uint32", "shape": [*shape, *generator_named(CIPHER, name)[1]]}
+
+    return dict(itertools.starmap(item, arrays.items()))
 
 
 def decode_like(payload: Json, like: Spec, what: str) -> jax.Array:

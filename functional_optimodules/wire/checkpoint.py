@@ -5,21 +5,22 @@
                            "arrays": {path: {"dtype", "shape", "offset", "crc32"}}}}
     arrays-<number>     the arrays, little-endian, one after the other
 
-Arrays of PRNG keys are the words that these are made of, with the generator's name beside.
+Arrays of typed PRNG keys are the words that these are made of, with the generator's name beside.
 It takes JSON and NumPy to read one, and nothing of this library. The arrays are written first, under
 a name that no other has; then one rename puts the description in the place of the old one. Arrays
 are written and read one by one: of what is saved there is no second copy in memory.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import secrets
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,7 +29,7 @@ import numpy as np
 
 from functional_optimodules.config.fields import require_keys
 from functional_optimodules.config.outside import quote, require_shallow
-from functional_optimodules.random.keys import from_words, generator_name, is_key, words
+from functional_optimodules.random.keys import CIPHER, from_words, generator_name, is_key, words
 from functional_optimodules.types import HostArray, Json, PyTree
 from functional_optimodules.wire.paths import Spec, Specs, by_path, matching, read_dtype, read_shape, show
 
@@ -244,27 +245,18 @@ class Checkpoint:
         """
         expected = by_path(like)
         chosen = matching(only, expected, str(self.folder)) if only else frozenset(expected)
-        if differences := self._differences(expected, chosen, partial=bool(only)):
+        arrays = _with_words(self.arrays, expected)
+        if differences := _differences(arrays, expected, chosen, partial=bool(only)):
             more = f"; and {len(differences) - _MOST_SHOWN} more" if len(differences) > _MOST_SHOWN else ""
             raise ValueError(
                 f"the checkpoint in {self.folder} is of another kind: {'; '.join(differences[:_MOST_SHOWN])}{more}"
             )
-        read = {path: self._read(path, leaf) if path in chosen else leaf for path, leaf in expected.items()}
+        read = {
+            path: self._read(path, arrays[path], leaf) if path in chosen else leaf for path, leaf in expected.items()
+        }
         return Specs.of(like).tree(read)
 
-    def _differences(self, expected: Mapping[str, Any], chosen: frozenset[str], partial: bool) -> list[str]:
-        found = []
-        for path in sorted(chosen.union(() if partial else self.arrays)):
-            if path not in self.arrays:
-                found.append(f"it lacks {path!r}")
-            elif path not in expected:
-                found.append(f"it has {quote(path)} ({self.arrays[path]})")
-            elif str(self.arrays[path]) != str(_like(expected[path])):
-                found.append(f"{path!r} is {self.arrays[path]}, and {_like(expected[path])} here")
-        return found
-
-    def _read(self, path: str, like: Any) -> Any:
-        saved = self.arrays[path]
+    def _read(self, path: str, saved: Saved, like: Any) -> Any:
         values: HostArray = np.empty(saved.spec.shape, saved.spec.dtype)
         raw = values.reshape(-1).view(np.uint8)
         done = 0
@@ -273,6 +265,31 @@ class Checkpoint:
         if done != saved.nbytes or zlib.crc32(raw.data) != saved.crc32:
             raise ValueError(f"the checkpoint in {self.folder} is damaged: {path!r} has another checksum")
         return from_words(values, like) if is_key(like) else jax.device_put(values)
+
+
+def _with_words(arrays: Mapping[str, Saved], expected: Collection[str]) -> dict[str, Saved]:
+    """Return what was saved, that of `CipherKey`s as it is saved now: it was once told from other arrays."""
+
+    def item(path: str, array: Saved) -> tuple[str, Saved]:
+        now = f"{path}/words"
+        was = array.generator == CIPHER and path not in expected and now in expected
+        return (now, replace(array, generator=None)) if was else (path, array)
+
+    return dict(itertools.starmap(item, arrays.items()))
+
+
+def _differences(
+    arrays: Mapping[str, Saved], expected: Mapping[str, Any], chosen: frozenset[str], partial: bool
+) -> list[str]:
+    found = []
+    for path in sorted(chosen.union(() if partial else arrays)):
+        if path not in arrays:
+            found.append(f"it lacks {path!r}")
+        elif path not in expected:
+            found.append(f"it has {quote(path)} ({arrays[path]})")
+        elif str(arrays[path]) != str(_like(expected[path])):
+            found.append(f"{path!r} is {arrays[path]}, and {_like(expected[path])} here")
+    return found
 
 
 def _saved(told: Json, size: int, what: str) -> Saved:

@@ -8,7 +8,7 @@ from jax.tree_util import PyTreeDef
 from functional_optimodules.config.fields import require_keys
 from functional_optimodules.config.outside import quote
 from functional_optimodules.types import Json, PyTree
-from functional_optimodules.wire.arrays import decode_like, encode_array
+from functional_optimodules.wire.arrays import decode_like, encode_array, with_words
 from functional_optimodules.wire.paths import Specs, is_path_tree, keystr
 
 
@@ -72,6 +72,18 @@ class Layout:
         """Yield the name, the shapes and the value of each part of a state."""
         return zip(self.parts, self.parts.values(), self.treedef.flatten_up_to(state), strict=True)
 
+    def bytes_by_path(self) -> tuple[dict[str, int], int]:
+        """Return how many bytes of a state belong to each parameter by its path, and how many to none."""
+        found: dict[str, int] = {}
+        others = 0
+        for part in self.parts.values():
+            if not is_path_tree(part):
+                others += _bytes(part)
+                continue
+            for path, node in part.items():
+                found[path] = found.get(path, 0) + sum(map(_bytes, jax.tree.leaves(node)))
+        return found, others
+
     def encode(self, state: PyTree, specs: Specs) -> dict[str, Json]:
         """Write a state as `{part: array or {path: array}}`."""
         return {
@@ -88,6 +100,7 @@ class Layout:
         """
         if not isinstance(payload, Mapping):
             raise ValueError(f"{owner}: 'variables' should be a mapping, not {quote(payload)}")
+        payload = with_words(payload, self.parts)
         require_keys(payload, self.parts, f"{owner}: the state", "variable")
         return jax.tree.unflatten(self.treedef, [self._decode(payload, specs, name, owner) for name in self.parts])
 
@@ -105,3 +118,7 @@ class Layout:
         """Apply a function to each part of a state that is shaped like the parameters."""
         parts = [function(value) if is_path_tree(part) else value for _, part, value in self.split(state)]
         return jax.tree.unflatten(self.treedef, parts)
+
+
+def _bytes(spec: jax.ShapeDtypeStruct) -> int:
+    return spec.size * spec.dtype.itemsize

@@ -9,7 +9,7 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from functional_optimodules.types import Json, Leaf, PyTree
 from functional_optimodules.wire.limits import limits
 
 Spec = jax.ShapeDtypeStruct
+_MOST_SHOWN = 20
 
 
 class ParamsNeeded(ValueError):
@@ -90,10 +91,12 @@ def matching(patterns: Iterable[str], paths: Iterable[str], what: str) -> frozen
     `**` for any number of segments: `*/bias`, `**/norm*/**`.
 
     Raises:
-      ValueError: if a pattern matches no path; it names near ones.
+      ValueError: if a pattern matches no path, naming near ones, or has more than 16 stars.
     """
     known, found = list(paths), set[str]()
     for pattern in patterns:
+        if pattern.count("*") > _MOST_STARS:  # it would be compared with a path in more ways than there is time for
+            raise ValueError(f"{what}: the pattern {quote(pattern)} has more than {_MOST_STARS} stars")
         try:
             regex = re.compile("".join(_regex(token) for token in _TOKEN.findall(pattern)))
         except re.error as error:
@@ -105,6 +108,7 @@ def matching(patterns: Iterable[str], paths: Iterable[str], what: str) -> frozen
     return frozenset(found)
 
 
+_MOST_STARS = 16
 _TOKEN = re.compile(r"\*\*/|/\*\*|\*\*|\[[^]/]+\]|.")
 # `**` may stand for nothing, and then takes a slash with it.
 _GLOBS = {"**/": "(?:[^/]+/)*", "/**": "(?:/[^/]+)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
@@ -181,16 +185,27 @@ class Specs:
 
     def require_same(self, other: "Specs", what: str) -> None:
         """Raise a `ValueError` naming the first leaf in which the other's parameters differ."""
+        for difference in self.differences(other):
+            raise ValueError(f"{what} {difference}")
+
+    def require_all_same(self, other: "Specs", what: str) -> None:
+        """Raise a `ValueError` naming the leaves in which the other's parameters differ."""
+        if found := list(self.differences(other)):
+            more = f"; and {len(found) - _MOST_SHOWN} more" if len(found) > _MOST_SHOWN else ""
+            raise ValueError(f"{what} {'; '.join(found[:_MOST_SHOWN])}{more}")
+
+    def differences(self, other: "Specs") -> Iterator[str]:
+        """Yield what differs in the other's parameters, leaf by leaf."""
         if other is self:
             return
         mine, theirs = self.by_path, other.by_path
         for path in sorted(mine.keys() | theirs.keys()):
             if path not in theirs:
-                raise ValueError(f"{what} lacks the leaf {path!r}: expected {show(mine[path])}")
-            if path not in mine:
-                raise ValueError(f"{what} has a leaf {path!r} ({show(theirs[path])}) where none was expected")
-            if show(mine[path]) != show(theirs[path]):
-                raise ValueError(f"{what} has {show(theirs[path])} at {path!r}: expected {show(mine[path])}")
+                yield f"lacks the leaf {path!r}: expected {show(mine[path])}"
+            elif path not in mine:
+                yield f"has a leaf {path!r} ({show(theirs[path])}) where none was expected"
+            elif show(mine[path]) != show(theirs[path]):
+                yield f"has {show(theirs[path])} at {path!r}: expected {show(mine[path])}"
 
     def require_shapes(self, tree: PyTree, what: str) -> None:
         """Raise a `ValueError` naming the first leaf whose path or shape is not as here; its dtype may differ."""

@@ -16,6 +16,7 @@ import pytest
 
 import functional_optimodules as fo
 from functional_optimodules.federated import FederatedData, Federation, StagedData, StagedFederation
+from functional_optimodules.random.keys import is_any_key, words
 
 from . import problem
 
@@ -155,19 +156,28 @@ def test_a_run_in_a_folder_goes_on(
     same_run(staged, (state, history), run(staged.federation, data))
 
 
-def test_keys_from_entropy_are_those_that_were_drawn_at_first(staged_data: StagedData, tmp_path: Path) -> None:
-    noise = ("gaussian-noise", {"std": 0.1, "safe_mode": False})
+@pytest.mark.parametrize("safe_mode", [False, True])
+def test_keys_from_entropy_are_those_that_were_drawn_at_first(
+    safe_mode: bool, staged_data: StagedData, tmp_path: Path
+) -> None:
+    noise = ("gaussian-noise", {"std": 0.1, "safe_mode": safe_mode})
     staged = StagedFederation(simple([noise]), tmp_path)
     state, _ = fit(staged, staged.init(problem.params(), staged_data), staged_data, 1)
     first = state.first
-    keys = [
-        jax.random.key_data(leaf) for leaf in jax.tree.leaves(first) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    ]
+    keys = [words(leaf) for leaf in jax.tree.leaves(first, is_leaf=is_any_key) if is_any_key(leaf)]
     del state
     gc.collect()
     other = staged.init(problem.params(), staged_data).first
     assert keys
-    same(keys, [jax.random.key_data(x) for x in jax.tree.leaves(other) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)])
+    same(keys, [words(leaf) for leaf in jax.tree.leaves(other, is_leaf=is_any_key) if is_any_key(leaf)])
+
+
+def test_clients_of_a_secret_seed_draw_the_same_noise_from_disk(
+    data: FederatedData, staged_data: StagedData, tmp_path: Path
+) -> None:
+    federation = simple([("gaussian-noise", {"std": 0.1, "seed": 5})])
+    staged = StagedFederation(federation, tmp_path)
+    same_run(staged, fit(staged, init(staged, staged_data), staged_data), run(federation, data))
 
 
 def test_a_run_that_breaks_off_at_any_write_goes_on_from_a_whole_piece(

@@ -11,6 +11,7 @@ from jax.extend.random import define_prng_impl
 from scipy import stats
 
 import functional_optimodules as fo
+from functional_optimodules.federated import FederatedData, Federation
 from functional_optimodules.modules.noise import NoiseState
 
 pytestmark = pytest.mark.slow
@@ -190,6 +191,41 @@ def test_init_under_jit_with_a_seed_is_the_eager_one(safe_mode: bool) -> None:
 
 def test_two_inits_without_a_seed_differ_and_fill_the_whole_key() -> None:
     module = fo.GaussianNoiseModule()
-    first, second = (jax.random.key_data(module.init(jnp.ones(2)).key) for _ in range(2))
+    first, second = (module.init(jnp.ones(2)).key.words for _ in range(2))
     assert (first != second).all()
     assert len(set(np.asarray(first).tolist())) == 10
+
+
+def as_once_saved(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Arrays by name, as they were when keys of the cipher were of a dtype of their own."""
+    return {
+        name.removesuffix("/words"): {**array, "dtype": "key:chacha20", "shape": array["shape"][:-1]}
+        if name.endswith("/words")
+        else array
+        for name, array in arrays.items()
+    }
+
+
+def test_a_state_that_was_saved_with_keys_of_the_ciphers_own_dtype_is_read() -> None:
+    zeros, noise = {"w": jnp.zeros(5)}, {"modules": ["gaussian-noise"], "lrate": 1.0}
+    first, second = (fo.Optimizer.from_config(noise) for _ in range(2))
+    first.run(zeros)
+    saved = first.get_state()
+    old = {**saved, "variables": as_once_saved(saved["variables"])}
+    assert old["variables"]["modules/gaussian-noise/key"]["shape"] == []
+    second.set_state(json.loads(json.dumps(old)))
+    assert second.get_state() == saved
+    for broken in ({"shape": [2]}, {"shape": 3}, {"dtype": "key:threefry2x32"}):
+        key = {**old["variables"]["modules/gaussian-noise/key"], **broken}
+        with pytest.raises((KeyError, ValueError), match="gaussian-noise/key"):
+            second.set_state({**old, "variables": {**old["variables"], "modules/gaussian-noise/key": key}})
+    assert second.get_state() == saved
+
+
+def test_a_federation_that_was_saved_with_keys_of_the_ciphers_own_dtype_is_read() -> None:
+    federation = Federation(lambda w, batch: (w - batch) ** 2, fo.Optimizer(0.1, modules=["gaussian-noise"]))
+    data = FederatedData.from_clients([jnp.ones(3), jnp.zeros(3)])
+    saved = federation.encode(federation.fit(federation.init(jnp.zeros(()), data), data, 2)[0])
+    old = {**saved, "bank": as_once_saved(saved["bank"])}
+    assert old["bank"] != saved["bank"]
+    assert federation.encode(federation.decode(old, federation.init(jnp.zeros(()), data))) == saved

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from functional_optimodules.random.chacha import CHACHA20
+from functional_optimodules.random.keys import CipherKey
 from functional_optimodules.wire.checkpoint import Checkpoint, write_checkpoint
 
 
@@ -42,6 +43,18 @@ def test_what_was_written_is_read(tmp_path):
     found = Checkpoint.open(tmp_path / "new")
     assert (found.kind, found.about) == ("test", {"round": 3})
     assert same(read(tmp_path / "new"), tree())
+
+
+def test_words_are_read_of_what_was_saved_as_keys_of_the_cipher(tmp_path):
+    write_checkpoint(tmp_path, "test", {}, tree())
+    zeros = CipherKey(jnp.zeros(10, jnp.uint32))
+    found = Checkpoint.open(tmp_path).tree({**tree(0.0), "cipher": zeros})
+    assert same(found["cipher"], CipherKey(jax.random.key_data(tree()["cipher"])))
+    assert same(read(tmp_path), tree())
+    only = Checkpoint.open(tmp_path).tree({"cipher": zeros}, only=("cipher/**",))
+    assert same(only, {"cipher": found["cipher"]})
+    with pytest.raises(ValueError, match=r"'cipher/words' is uint32\[10\], and uint32\[2,10\] here"):
+        Checkpoint.open(tmp_path).tree({**tree(), "cipher": CipherKey(jnp.zeros((2, 10), jnp.uint32))})
 
 
 def test_it_can_be_read_with_json_and_numpy_alone(tmp_path):

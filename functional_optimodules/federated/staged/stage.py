@@ -19,7 +19,7 @@ from functional_optimodules.federated.data import FederatedData, Integers
 from functional_optimodules.federated.execution import Rows
 from functional_optimodules.federated.federation import Federation
 from functional_optimodules.federated.loss import Metrics
-from functional_optimodules.federated.placement import AXIS, SPLIT, WHOLE, rows_sharding
+from functional_optimodules.federated.placement import AXIS, SPLIT, WHOLE, device_of, rows_sharding
 from functional_optimodules.federated.processes import naming_lost_peers
 from functional_optimodules.federated.sides import Own
 from functional_optimodules.federated.staged.bank import Bank
@@ -28,7 +28,7 @@ from functional_optimodules.federated.staged.files import memory
 from functional_optimodules.federated.staged.peers import together
 from functional_optimodules.federated.staged.shards import Shards
 from functional_optimodules.federated.state import FederationState, fresh_row, own_sides
-from functional_optimodules.random.keys import from_words, is_key, words
+from functional_optimodules.random.keys import from_words, is_of_keys, words
 from functional_optimodules.types import HostArray, PyTree
 
 
@@ -314,7 +314,7 @@ class Fresh:
 
     def keys(self, state: StagedState, clients: Mapping[int, Integers]) -> dict[int, list[HostArray | None]]:
         """Return the keys that clients start from, for each array of a row that has such."""
-        if not any(map(is_key, self.like)):
+        if not any(map(is_of_keys, self.like)):
             return {shard: [None] * len(self.rows) for shard in clients}
         held = state.federation, state.first
         if self.shards.several:
@@ -401,7 +401,7 @@ def _draw(
 
 def _on_host(mesh: Mesh | None) -> bool:
     """Whether the devices' memory is the host's."""
-    return (jax.local_devices()[0] if mesh is None else mesh.local_devices[0]).platform == "cpu"
+    return device_of(mesh).platform == "cpu"
 
 
 def _carry(shards: Shards, bank: Rows, left: Rows, pairs: Mapping[int, Integers], slots: int) -> Rows:
@@ -448,6 +448,6 @@ def _first_keys(
     sides = own_sides(federation, state)
 
     def keys(client: jax.Array) -> list[jax.Array | None]:
-        return [jax.random.key_data(leaf) if is_key(leaf) else None for leaf in fresh_row(sides, first, client)]
+        return [words(leaf) if is_of_keys(leaf) else None for leaf in fresh_row(sides, first, client)]
 
     return jax.vmap(keys)(clients)
