@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 # FedJAX's last release calls `jax.tree_map`, which today's JAX lacks: a late JAX that still
@@ -30,6 +31,9 @@ FEDJAX = {
     ),
 }
 MINORS = (12, 11, 10)
+# The compiler for TPUs, and what steps and rounds are traced by.
+LIBTPU = "libtpu==0.0.52"
+TRACED_BY = ("jax", "jaxlib", "optax", "chex", "flax", "numpy")
 
 
 def make_environment(requirements, cache=None):
@@ -51,6 +55,15 @@ def make_environment(requirements, cache=None):
             raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{result.stderr[-2000:]}")
     done.touch()
     return python
+
+
+def with_libtpu():
+    """Return the Python of an environment with what is installed here, and the compiler for TPUs.
+
+    Raises:
+      RuntimeError: as `make_environment` does.
+    """
+    return make_environment((*(f"{name}=={version(name)}" for name in TRACED_BY), LIBTPU))
 
 
 def _python():

@@ -5,11 +5,13 @@ Each is kept for as long as its benchmark shows the need. All were last needed w
     long_axis_last   on CPU, `python -m benchmarks.rounds.averaging`: rounds of logistic regression
     behind_branch    on CPU, `python -m benchmarks.rounds.averaging`: a bank of 10,000 clients
     pieces           on CPU, `python -m benchmarks.step.compile`: a packed network of 1,000 layers
+    end_to_end       for a TPU, `python -m benchmarks.step.tpu`: vectors packed inside of a step
     norm             on CPU, `python -m benchmarks.step.training`: clipping by the global norm
 
 What holds for one platform is chosen when a program is lowered for it, and not by the backend at hand.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -66,6 +68,38 @@ def pieces(buffer: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
     if len(sizes) <= _FEW_SLICES:
         return split(buffer)
     return lax.platform_dependent(buffer, cpu=slice_at_unknown, default=split)
+
+
+# The numbers in a row of a TPU's tiles.
+_LANES = 128
+
+
+def end_to_end(vectors: list[jax.Array]) -> jax.Array:
+    """Lay vectors, behind any leading axes, end to end.
+
+    XLA:TPU writes each vector that fills whole rows of a tile into its place by a kernel of
+    its own, and other vectors in one kernel all together. As the rows of a matrix, those
+    of one size are written together too.
+    """
+    axis = vectors[0].ndim - 1
+
+    def by_rows(vectors: list[jax.Array]) -> jax.Array:
+        parts = []
+        for size, run in itertools.groupby(vectors, key=lambda vector: vector.shape[axis]):
+            same = list(run)
+            if size % _LANES or len(same) == 1:
+                parts += same
+            else:
+                matrix = lax.concatenate([lax.expand_dims(vector, (axis,)) for vector in same], axis)
+                parts.append(lax.collapse(matrix, axis))
+        return at_once(parts)
+
+    def at_once(vectors: list[jax.Array]) -> jax.Array:
+        return jnp.concatenate(vectors, axis=axis)
+
+    if sum(vector.shape[axis] % _LANES == 0 for vector in vectors) <= 1:
+        return at_once(vectors)
+    return lax.platform_dependent(vectors, tpu=by_rows, default=at_once)
 
 
 def norm(total: jax.Array) -> jax.Array:

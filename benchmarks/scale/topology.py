@@ -9,15 +9,12 @@ parameters, each client's split over a group of chips by a second axis of the me
 
 import csv
 import math
-from importlib.metadata import version
 
-from benchmarks.environments import make_environment
+from benchmarks.environments import LIBTPU, with_libtpu
 from benchmarks.report import parse_arguments, section, write
 from benchmarks.worker import Worker
 
-LIBTPU = "libtpu==0.0.52"
 WITHIN = " within a group"
-PACKAGES = ("jax", "jaxlib", "optax", "chex", "flax", "numpy")
 METHODS = ("fedavg", "scaffold")
 GRIDS = ((2, 2), (4, 4), (8, 8), (16, 16))
 SMALL = [
@@ -104,8 +101,7 @@ def row(case, found):
 
 def main():
     options = parse_arguments(__doc__, only=(METHODS, "only these methods"), small=(False, "leave the large model out"))
-    installed = tuple(f"{name}=={version(name)}" for name in PACKAGES)
-    worker = Worker(make_environment((*installed, LIBTPU)), "benchmarks.scale.topology_worker")
+    worker = Worker(with_libtpu(), "benchmarks.scale.topology_worker")
     written = []
 
     def measure(case):

@@ -1,19 +1,11 @@
 """Rounds compiled for TPUs that are described and not there: shapes go in, and what the compiler tells comes out.
 
-It needs `libtpu`, on Linux and x86, and no TPU. What it sets must be set before JAX is imported.
+It needs `libtpu`, on Linux and x86, and no TPU.
 """
 
-import os
+from benchmarks.chips import described_chips  # before JAX is imported
 
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-256",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    # No chip is opened, so that several processes may do this at once.
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
+# isort: split
 import dataclasses
 import functools
 import time
@@ -21,7 +13,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import functional_optimodules as fo
@@ -83,7 +74,7 @@ class Case:
 
 def make_mesh(chips, group):
     """Return a mesh of described chips: of clients alone, or of clients and the chips that share one's model."""
-    devices = topologies.get_topology_desc(topology_name="v5e:{}x{}".format(*chips), platform="tpu").devices
+    devices = described_chips(*chips)
     if group == 1:
         return clients_mesh(devices)
     return Mesh(np.array(devices).reshape(-1, group), ("clients", "model"), axis_types=(AxisType.Auto,) * 2)

@@ -16,7 +16,15 @@ from jax.sharding import Mesh
 
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.options import Execution
-from functional_optimodules.federated.placement import AXIS, SPLIT, WHOLE, has_whole_models, mesh_of, mesh_size
+from functional_optimodules.federated.placement import (
+    AXIS,
+    SPLIT,
+    WHOLE,
+    device_of,
+    has_whole_models,
+    mesh_of,
+    mesh_size,
+)
 from functional_optimodules.numerics import where
 from functional_optimodules.types import Params, PyTree
 from functional_optimodules.xla import behind_branch
@@ -76,7 +84,7 @@ def chunk_size(execution: Execution, participants: int, params: Params, alike: b
         return participants
     if execution == "scan":
         return 1
-    device = execution.local_devices[0] if isinstance(execution, Mesh) else jax.local_devices()[0]
+    device = device_of(mesh_of(execution))
     size = max(1, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)))
     # More than its share would be idle places on each device.
     share = -(-participants // mesh_size(mesh_of(execution)))

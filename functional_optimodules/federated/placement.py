@@ -32,6 +32,11 @@ def mesh_size(mesh: Mesh | None) -> int:
     return axes[AXIS]
 
 
+def device_of(mesh: Mesh | None) -> jax.Device:
+    """Return one of this process's devices that a program runs on: of the mesh, or of JAX's default backend."""
+    return jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
+
+
 def has_whole_models(mesh: Mesh | None) -> bool:
     """Whether each device has all of a model: on a mesh of clients alone, and without one."""
     return mesh is None or mesh.axis_names == (AXIS,)

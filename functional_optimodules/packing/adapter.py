@@ -20,6 +20,7 @@ from functional_optimodules.packing.policy import packed_as, worthwhile
 from functional_optimodules.packing.tree import Packing, is_packed, unpack
 from functional_optimodules.random.keys import shapes_only
 from functional_optimodules.types import Params, PyTree, State, Updates
+from functional_optimodules.wire.paths import Specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +49,17 @@ class Adapter(Generic[State]):
         return made
 
     def portable(self, state: State) -> State:
-        """Return a state, or a part of one, as the brick makes it over the parameters' own container."""
-        return state
+        """Return a state, or a part of one, over the parameters' own container."""
+        return unpack(state)
 
     def adopt(self, state: State, like: State) -> State:
         """Return what `portable` gave in the form of a state that `init` makes, or of a part of one."""
-        return state
+        return jax.tree.map(
+            lambda model, part: packed_as(part, model.packing) if is_packed(model) else part,
+            like,
+            state,
+            is_leaf=is_packed,
+        )
 
     def blank(self, params: Params) -> Params:
         """Return parameters, as `hold` does, of no particular values: for states that start from none."""
@@ -80,6 +86,10 @@ class Adapter(Generic[State]):
         require_like(self.brick, "update", "updates", output, given)
         require_like(self.brick, "update", "state", new, state)
         return self.free(output, updates, params), new
+
+    def measure(self, before: Updates, after: Updates, state: State, params: Params) -> Mapping[str, jax.Array]:
+        """Return what the brick says about a step."""
+        return self.brick.measure(self.hold(before), self.hold(after), state, self.hold(params))
 
     def apply(self, gradients: Updates, state: State, params: Params, **extra_args: PyTree) -> tuple[Params, State]:
         """Take a step, and return the new parameters, in the form of those given."""
@@ -171,17 +181,6 @@ class Packs(Adapter[State]):
         like = next(filter(is_packed, given), None)
         return unpack(made) if like is None else packed_as(made, like.packing)
 
-    def portable(self, state: State) -> State:
-        return unpack(state)
-
-    def adopt(self, state: State, like: State) -> State:
-        return jax.tree.map(
-            lambda model, part: packed_as(part, model.packing) if is_packed(model) else part,
-            like,
-            state,
-            is_leaf=is_packed,
-        )
-
     def blank(self, params: Params) -> Params:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.packing.model())
 
@@ -210,7 +209,12 @@ def adapted(brick: Contract[State], packing: Packing | None = None) -> Adapter[S
 
 def fitted(brick: Contract[State], params: Params) -> Adapter[State]:
     """Return a brick as it acts best on such parameters: packed as they are, or as is worth it."""
-    return adapted(brick, params.packing if is_packed(params) else worthwhile(params))
+    return adapted(brick, params.packing if is_packed(params) else packing_for(brick, params, inside=True))
+
+
+def packing_for(brick: Contract, params: Params, inside: bool = False) -> Packing | None:
+    """Return how to pack parameters for a brick, or `None` if it is not worth it; `inside` as `worthwhile` takes it."""
+    return worthwhile(params, brick.sharers(Specs.of(params)), inside=inside)
 
 
 def packed_like(updates: Updates, params: Params) -> Updates:

@@ -12,7 +12,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
@@ -27,7 +26,7 @@ Shape = tuple[int, ...]
 def join(arrays: Arrays, shapes: tuple[Shape, ...]) -> jax.Array:
     """Lay arrays of some shapes, behind any leading axes, end to end."""
     leads = [array.shape[: array.ndim - len(shape)] for array, shape in zip(arrays, shapes, strict=True)]
-    return jnp.concatenate([array.reshape((*lead, -1)) for array, lead in zip(arrays, leads, strict=True)], axis=-1)
+    return xla.end_to_end([array.reshape((*lead, -1)) for array, lead in zip(arrays, leads, strict=True)])
 
 
 def cut(buffer: jax.Array, shapes: tuple[Shape, ...]) -> Arrays:

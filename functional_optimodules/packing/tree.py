@@ -14,8 +14,8 @@ buffer, for what is done to each parameter to be done to rows.
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,18 @@ from functional_optimodules.types import PyTree
 from functional_optimodules.wire.paths import Spec, Specs, show
 
 Group = tuple[int, ...]
+
+
+class Small(NamedTuple):
+    """The most bytes of a leaf that is packed.
+
+    Attributes:
+      vector: of one with at most one axis.
+      matrix: of one with more.
+    """
+
+    vector: int
+    matrix: int
 
 
 @jax.tree_util.register_static
@@ -62,7 +74,9 @@ class Packing:
         return f"Packing({len(self.groups)} buffers of [{counts}] leaves, {len(self.large)} large leaves)"
 
     @classmethod
-    def of(cls, tree: PyTree, small: int, fewest: int = 1) -> "Packing":
+    def of(
+        cls, tree: PyTree, small: int | Small, fewest: int = 1, labels: Sequence[Hashable] | None = None
+    ) -> "Packing":
         """Choose how to pack a tree.
 
         Leaves that are split over devices, and those that are neither floating nor
@@ -70,8 +84,9 @@ class Packing:
 
         Args:
           tree: arrays, or their shapes and dtypes.
-          small: the most bytes of a leaf that is packed.
+          small: the most bytes of a leaf that is packed, whatever its axes if it is one number.
           fewest: how many leaves are worth a buffer.
+          labels: one for each leaf, where only leaves of one label may share a buffer.
 
         Raises:
           ValueError: if a part of the tree is packed already.
@@ -79,16 +94,19 @@ class Packing:
         if packing_of(tree) is not None:
             raise ValueError("a tree with a packed tree inside: pack the whole, or unpack the part")
         specs = Specs.of(tree)
+        small = small if isinstance(small, Small) else Small(small, small)
         homes: dict[Any, list[int]] = {}
-        for index, (leaf, spec) in enumerate(zip(jax.tree.leaves(tree), specs.leaves, strict=True)):
+        labels = [None] * len(specs.leaves) if labels is None else labels
+        for index, (leaf, spec, label) in enumerate(zip(jax.tree.leaves(tree), specs.leaves, labels, strict=True)):
             sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
             size = math.prod(spec.shape) * spec.dtype.itemsize
             whole = sharding is None or sharding.is_fully_replicated
-            if size <= small and whole and jnp.issubdtype(spec.dtype, jnp.inexact):
-                homes.setdefault((spec.dtype, sharding), []).append(index)
+            most = small.matrix if len(spec.shape) > 1 else small.vector
+            if size <= most and whole and jnp.issubdtype(spec.dtype, jnp.inexact):
+                homes.setdefault((spec.dtype, sharding, label), []).append(index)
         chosen = {key: group for key, group in homes.items() if len(group) >= fewest}
         groups = tuple(tuple(sorted(group, key=lambda at: specs.leaves[at].shape)) for group in chosen.values())
-        made = cls(specs, groups, tuple(home_of(home) for _, home in chosen))
+        made = cls(specs, groups, tuple(home_of(home) for _, home, _ in chosen))
         return _known.setdefault(made._key, made)
 
     def shapes(self, group: Group) -> tuple[Shape, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import functional_optimodules as fo
-from functional_optimodules.federated import FederatedData, Federation
+from functional_optimodules.federated import FederatedData, Federation, clients_mesh
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +53,22 @@ def plain():
         fo.set_small_leaf(None)
     assert state.packing is None
     return federation, state, history
+
+
+def test_clients_are_packed_as_is_best_on_the_devices_that_they_run_on(monkeypatch):
+    wide = {f"{index}": {"b": np.zeros(64), "w": np.eye(64)} for index in range(5)}
+    placed = jax.device_put(wide, jax.devices()[0])
+    fo.set_small_leaf(4 * 64, "tpu")
+    try:
+        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+        found = [
+            len(make(mapping).init(params, 5).packing.large)
+            for mapping, params in (("scan", wide), ("scan", placed), (clients_mesh(jax.devices()[:1]), wide))
+        ]
+    finally:
+        fo.set_small_leaf(None, "tpu")
+    # Matrices are left alone where nothing says that it is a CPU which they are on.
+    assert found == [5, 0, 0]
 
 
 @pytest.mark.parametrize("mapping", ["scan", "vmap", 2])

@@ -1,12 +1,13 @@
 """A mesh of clients and of devices that share a model; and rounds compiled for TPUs that are only described.
 
-The latter need the compiler for TPUs, on Linux and x86, and are skipped without: `pip install libtpu==0.0.52`.
+The latter need the compiler for TPUs, on Linux and x86, which `make test` installs, and are skipped without.
 """
 
 import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +22,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import functional_optimodules as fo
 from benchmarks.scale.exchanges import members
 from functional_optimodules.federated import FederatedData, Federation, clients_mesh
+from functional_optimodules.federated.execution import chunk_size
+from functional_optimodules.federated.placement import device_of
+from functional_optimodules.packing.policy import platform_of
 
 ROOT = Path(__file__).parents[2]
+LIBTPU = Path(sys.prefix, "libtpu")  # where `make test` puts it
 TPU = (
     pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="libtpu is for Linux on x86"),
     pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="the compiler for TPUs is not installed: pip install libtpu==0.0.52",
+        not LIBTPU.exists() and importlib.util.find_spec("libtpu") is None,
+        reason="the compiler for TPUs is not installed: `make test` does that",
     ),
 )
 
@@ -38,6 +43,49 @@ def tpu(test: Any) -> Any:
     return test
 
 
+def decides_by_its_own_platform() -> None:
+    """Run in a process whose default backend is the CPU, and which knows of chips that are described."""
+    from benchmarks.scale.topology_worker import Case, lower, make_mesh
+
+    mesh = make_mesh((2, 2), 1)
+    assert (jax.default_backend(), device_of(mesh).platform) == ("cpu", "tpu")
+    small = {"w": jax.ShapeDtypeStruct((100, 10), np.float32)}
+    assert (chunk_size(mesh, 1000, small, True), chunk_size(None, 1000, small, True)) == (250, 10)
+    described = jax.ShapeDtypeStruct((3,), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    assert platform_of({"here": jnp.ones(3), "there": described}) == "tpu"
+    # Biases are packed on a TPU, and matrices of that size are not.
+    shapes = {f"layer_{index}/{shape}": shape for index in range(4) for shape in ((64, 64), (64,))}
+    params = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    found = {}
+    for name, mapping in (("tpu", mesh), ("cpu", None)):
+        federation = Federation(loss, fo.Optimizer(0.1), batch_size=4, mapping=mapping)
+        state = jax.eval_shape(lambda tree, federation=federation: federation.init(tree, 100), params)
+        found[name] = len(state.packing.large)
+    assert found == {"tpu": 4, "cpu": 0}, found
+    # What is written for CPUs, a gradient with its long axis last and slices at offsets from a branch, is not there.
+    lowered, _ = lower(Case(chips=(2, 2), method="fedavg", clients=100, participants=100))
+    assert not re.search(r"optimization_barrier %\w+ : tensor<(\d+x)*10x64xf32>", lowered.as_text())
+
+
+@pytest.mark.slow
+@tpu
+def test_a_mesh_of_another_backend_than_the_default_one_decides_by_its_own_platform() -> None:
+    job = "from federated.test_topology import decides_by_its_own_platform as job; job()"
+    in_process("-c", f"import benchmarks.chips; {job}")
+
+
+@pytest.mark.slow
+@tpu
+def test_a_round_on_four_chips_has_one_all_reduce_and_no_other_collective() -> None:
+    cases = [
+        {"chips": [2, 2], "clients": 100, "participants": 20, "method": method, "rounds": rounds}
+        for method in ("fedavg", "scaffold")
+        for rounds in (0, 10)
+    ]
+    for case, found in zip(cases, compiled(cases), strict=True):
+        assert found["collectives"] == {"all-reduce": 1}, case
+
+
 # 2,048 of 10,240 clients of 100 examples, in batches of 20, on 256 chips.
 SMALL = {"chips": [16, 16], "clients": 10_240, "participants": 2048, "examples": 100, "batch": 20}
 LARGE = {"chips": [16, 16], "model": "large", "group": 16, "clients": 1024, "participants": 256}
@@ -45,7 +93,7 @@ LARGE = {"chips": [16, 16], "model": "large", "group": 16, "clients": 1024, "par
 
 def in_process(*command: str, given: str = "", flags: str = "") -> str:
     """Run a Python process, whose platform is its own to choose, and return what it prints."""
-    paths = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
+    paths = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), str(LIBTPU), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3"}
     started = [sys.executable, *command]
     done = subprocess.run(started, input=given, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
