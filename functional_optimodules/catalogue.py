@@ -13,11 +13,13 @@ from functional_optimodules.config.fields import describe, field_types, nearest
 from functional_optimodules.config.plugin import Plugin
 from functional_optimodules.federated.aggregation import list_aggregators
 from functional_optimodules.schedulers import list_rate_schedulers
+from functional_optimodules.wrappers.wrapper import list_wrappers
 
 KINDS: Mapping[str, Callable[[], Mapping[str, type[Plugin]]]] = {
     "modules": list_optim_modules,
     "regularizers": list_optim_regularizers,
     "schedulers": list_rate_schedulers,
+    "wrappers": list_wrappers,
     "aggregators": list_aggregators,
 }
 """What lists the plug-ins of each kind."""

@@ -19,7 +19,7 @@ from functional_optimodules.wire.checkpoint import write_checkpoint
 def test_list_names_every_plugin_and_every_hyperparameter(capsys):
     assert cli.main(["list"]) == 0
     printed = capsys.readouterr().out
-    registries = fo.list_optim_modules(), fo.list_optim_regularizers(), fo.list_rate_schedulers()
+    registries = fo.list_optim_modules(), fo.list_optim_regularizers(), fo.list_rate_schedulers(), fo.list_wrappers()
     for name, plugin in (item for registry in registries for item in registry.items()):
         entry = re.search(rf"^  {re.escape(name)}  \({plugin.__name__}\)\n(      .*\n?)+", printed, re.MULTILINE)
         assert entry, name
@@ -73,7 +73,14 @@ def test_markdown_prints_the_tables_that_the_documentation_embeds(capsys):
 def test_the_table_has_a_row_of_four_cells_for_each_plugin_of_the_library():
     rows = [line for line in catalogue.plugin_table().splitlines() if line.startswith("| `")]
     names = {re.match(r"\| `([^`]+)`", row)[1] for row in rows}
-    registries = fo.list_optim_modules(), fo.list_optim_regularizers(), fo.list_rate_schedulers(), list_aggregators()
+    lists = (
+        fo.list_optim_modules,
+        fo.list_optim_regularizers,
+        fo.list_rate_schedulers,
+        fo.list_wrappers,
+        list_aggregators,
+    )
+    registries = [each() for each in lists]
     plugins = [plugin for registry in registries for plugin in registry.values()]
     assert len(rows) == sum(plugin.__module__.startswith("functional_optimodules.") for plugin in plugins) > 60
     assert {"adam", "optax", "scaffold-server", "fedprox", "cosine-annealing", "warmup-rounds"} <= names
@@ -103,14 +110,14 @@ def test_the_table_leaves_out_third_parties_and_the_list_does_not(monkeypatch):
     assert "| `foreign` | `Foreign` | `choice=None` | Left \\| right |" in catalogue.plugin_table()
 
 
-@pytest.mark.parametrize("argv", [[], ["dmeo"], ["list", "optimizers"], ["list", "amad"], ["demo", "--rounds", "3"]])
+@pytest.mark.parametrize("argv", [[], ["dmeo"], ["list", "optimizers"], ["list", "adamm"], ["demo", "--rounds", "3"]])
 def test_unknown_words_exit_with_2_and_name_the_choices(argv, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(argv)
     assert exit_.value.code == 2
     message = capsys.readouterr().err
     assert "usage: functional-optimodules" in message
-    expected = {"dmeo": "demo", "optimizers": "schedulers", "amad": "'adam'", "3": "--rounds"}
+    expected = {"dmeo": "demo", "optimizers": "schedulers", "adamm": "'adam'", "3": "--rounds"}
     assert expected.get(argv[-1] if argv else "", "COMMAND") in message
 
 

@@ -8,11 +8,18 @@ from functional_optimodules import (
     list_optim_modules,
     list_optim_regularizers,
     list_rate_schedulers,
+    list_wrappers,
 )
 from functional_optimodules.federated.aggregation import list_aggregators
 from functional_optimodules.testing import contract, instances
 
-PLUGINS = {**list_optim_modules(), **list_optim_regularizers(), **list_rate_schedulers(), **list_aggregators()}
+PLUGINS = {
+    **list_optim_modules(),
+    **list_optim_regularizers(),
+    **list_rate_schedulers(),
+    **list_aggregators(),
+    **list_wrappers(),
+}
 
 CLIENT = Optimizer(
     ("warmup", {"base": ("cosine-annealing", {"base": 0.01, "max_lr": 0.5, "duration": 4}), "warmup": 2}),
@@ -36,7 +43,8 @@ CHECKS = {
 }
 # One instance of each class is for the inner loop; with the checks that take long, a few classes are.
 OTHERS = tuple(f"-{label}" for cls in PLUGINS.values() for label in list(instances(cls))[1:])
-FEW = ("adam-", "momentum-", "scaffold-", "fedprox-", "gaussian-noise-", "trimmed-mean-")
+FEW = ("adam-", "momentum-", "scaffold-", "fedprox-", "gaussian-noise-", "trimmed-mean-", "ema-")
+AROUND = tuple(f"{name}-" for name in list_wrappers())
 LONG = (
     "check_containers_are_equal",
     "check_packed_is_as_unpacked",
@@ -53,11 +61,14 @@ LONG = (
     "check_strict_promotion",
     "check_update_is_pure",
     "check_dtypes_are_kept",
+    "check_lowered_for_every_platform",
+    "check_aggregate_is_lowered_for_every_platform",
 )
 
 
 def is_slow(name: str) -> bool:
-    return name.endswith(OTHERS) or (any(f"-{check}" in name for check in LONG) and not name.startswith(FEW))
+    long = any(f"-{check}" in name for check in LONG) or name.startswith(AROUND)
+    return name.endswith(OTHERS) or (long and not name.startswith(FEW))
 
 
 @pytest.mark.parametrize("check", [pytest.param(name, marks=[pytest.mark.slow] * is_slow(name)) for name in CHECKS])

@@ -9,7 +9,8 @@
         CHECKS[name]()
 
 Each check is a function of a plug-in that raises an `AssertionError` saying what
-is broken and how to mend it. No test framework is needed.
+is broken and how to mend it. No test framework is needed. Those of a wrapper are of an
+optimizer that has it, too.
 """
 
 from functional_optimodules.testing.contract import checks_of, contract

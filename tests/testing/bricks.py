@@ -5,10 +5,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from functional_optimodules import OptiModule, Regularizer, hyperparameter
 from functional_optimodules.numerics import wide, zeros_wide
+from functional_optimodules.random.chacha import CHACHA20
 
 
 class State(NamedTuple):
@@ -73,6 +75,11 @@ class Flattening(Sum, register=False):
 class Random(Sum, register=False):
     def update(self, updates, state, params=None, **extra_args):
         return jax.tree.map(lambda g: g * random.random(), updates), state
+
+
+class AskingTheHost(Sum, register=False):
+    def update(self, updates, state, params=None, **extra_args):
+        return jax.tree.map(lambda g: jax.pure_callback(np.negative, g, g, vmap_method="sequential"), updates), state
 
 
 class InPlace(Sum, register=False):
@@ -210,6 +217,14 @@ class SameKey(Sum, register=False):
 
     def fold_in(self, state, integer):
         return state
+
+
+class OwnGenerator(Sum, register=False):
+    def init(self, params):
+        return State(jax.random.key(1, impl=CHACHA20))
+
+    def update(self, updates, state, params=None, **extra_args):
+        return updates, state
 
 
 class OldKey(Sum, register=False):

@@ -89,6 +89,7 @@ class HiddenSteps(Rate, register=False):
         ("check_clock_keeps_structure", FloatSteps, "`advance` changes"),
         ("check_clock_traced_once", WeakSteps, "traced 2 times"),
         ("check_resume", HiddenSteps, "would have been"),
+        ("check_rate_is_lowered_for_every_platform", HiddenSteps, "without a call of the host"),
     ],
 )
 def test_check_fails_on_a_scheduler_that_breaks_it(check, cls, message):
