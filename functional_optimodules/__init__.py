@@ -8,10 +8,12 @@ over pytrees, for `optax.chain`, Flax, `jit` and `scan`. The same object offers
 from functional_optimodules.aux_var import Amount, Flag, FromClients, FromServer, Max, Min, Newcomer, PerClient, Scalar
 from functional_optimodules.brick import OptiModule, Regularizer, list_optim_modules, list_optim_regularizers
 from functional_optimodules.config.fields import hyperparameter
+from functional_optimodules.groups import Group
 from functional_optimodules.modules.adaptive import AdaGradModule, AdamModule, RMSPropModule, YogiModule
 from functional_optimodules.modules.adaptive_clipping import AdaptiveClippingClientModule, AdaptiveClippingServerModule
 from functional_optimodules.modules.clipping import L2Clipping, L2GlobalClipping
 from functional_optimodules.modules.compression import QSGDModule, RandomKModule, SignModule, TopKModule
+from functional_optimodules.modules.decay import WeightDecayModule
 from functional_optimodules.modules.fedacg import FedACGModule
 from functional_optimodules.modules.fedcm import FedCMClientModule, FedCMServerModule
 from functional_optimodules.modules.feddyn import FedDynClientModule, FedDynServerModule
@@ -29,7 +31,9 @@ from functional_optimodules.modules.scaffold import ScaffoldClientModule, Scaffo
 from functional_optimodules.modules.tree_noise import TreeAggregationNoiseModule
 from functional_optimodules.optimizer import Optimizer
 from functional_optimodules.packing.policy import map_parameters, pack, set_small_leaf, small_leaf
+from functional_optimodules.packing.portable import from_arrays, to_arrays
 from functional_optimodules.packing.tree import Packed, unpack
+from functional_optimodules.random.keys import draw_entropy, entropy
 from functional_optimodules.regularizers import FedProxRegularizer, LassoRegularizer, RidgeRegularizer
 from functional_optimodules.schedulers import (
     SGDR,
@@ -41,6 +45,7 @@ from functional_optimodules.schedulers import (
     ExponentialDecay,
     InverseScaling,
     LinearDecay,
+    OptaxSchedule,
     PiecewiseDecay,
     PolynomialDecay,
     Scheduler,
@@ -50,11 +55,23 @@ from functional_optimodules.schedulers import (
 )
 from functional_optimodules.types import Params
 from functional_optimodules.wire.limits import Limits, limits, set_limits
+from functional_optimodules.wrappers.accumulation import AccumulationWrapper
+from functional_optimodules.wrappers.averages import EMAWrapper, PolyakWrapper
+from functional_optimodules.wrappers.finite import SkipNonFiniteWrapper
+from functional_optimodules.wrappers.lookahead import LookaheadWrapper
+from functional_optimodules.wrappers.precision import (
+    MasterWeightsWrapper,
+    StateDtypeWrapper,
+    StochasticRoundingWrapper,
+)
+from functional_optimodules.wrappers.schedule_free import ScheduleFreeWrapper
+from functional_optimodules.wrappers.wrapper import Wrapper, list_wrappers
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SGDR",
+    "AccumulationWrapper",
     "AdaGradModule",
     "AdamModule",
     "AdaptiveClippingClientModule",
@@ -66,6 +83,7 @@ __all__ = [
     "CyclicExpRange",
     "CyclicTriangular",
     "DittoRegularizer",
+    "EMAWrapper",
     "EWMAModule",
     "ExponentialDecay",
     "FedACGModule",
@@ -87,12 +105,15 @@ __all__ = [
     "FromClients",
     "FromServer",
     "GaussianNoiseModule",
+    "Group",
     "InverseScaling",
     "L2Clipping",
     "L2GlobalClipping",
     "LassoRegularizer",
     "Limits",
     "LinearDecay",
+    "LookaheadWrapper",
+    "MasterWeightsWrapper",
     "Max",
     "MimeClientModule",
     "MimeLiteClientModule",
@@ -101,12 +122,14 @@ __all__ = [
     "MomentumModule",
     "Newcomer",
     "OptaxModule",
+    "OptaxSchedule",
     "OptiModule",
     "Optimizer",
     "Packed",
     "Params",
     "PerClient",
     "PiecewiseDecay",
+    "PolyakWrapper",
     "PolynomialDecay",
     "PowerSGDModule",
     "QSGDModule",
@@ -118,24 +141,35 @@ __all__ = [
     "ScaffoldClientModule",
     "ScaffoldServerModule",
     "Scalar",
+    "ScheduleFreeWrapper",
     "Scheduler",
     "SignModule",
+    "SkipNonFiniteWrapper",
+    "StateDtypeWrapper",
+    "StochasticRoundingWrapper",
     "TopKModule",
     "TreeAggregationNoiseModule",
     "Warmup",
     "WarmupRounds",
+    "WeightDecayModule",
+    "Wrapper",
     "YogiModule",
     "YogiMomentumModule",
     "ditto_loss",
+    "draw_entropy",
+    "entropy",
+    "from_arrays",
     "hyperparameter",
     "limits",
     "list_optim_modules",
     "list_optim_regularizers",
     "list_rate_schedulers",
+    "list_wrappers",
     "map_parameters",
     "pack",
     "set_limits",
     "set_small_leaf",
     "small_leaf",
+    "to_arrays",
     "unpack",
 ]

@@ -12,9 +12,8 @@ the hyper-parameters and its arguments.
 """
 
 import abc
-import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar, Generic, NamedTuple
 
 import jax
@@ -22,9 +21,9 @@ import jax
 from functional_optimodules.aux_var import AuxVar, FromClients, FromServer
 from functional_optimodules.config.plugin import Plugin
 from functional_optimodules.dependence import params_within, reads_values
-from functional_optimodules.random.keys import is_key
+from functional_optimodules.random.keys import fold_in_keys, is_key
 from functional_optimodules.types import Params, PyTree, State, Updates
-from functional_optimodules.wire.paths import ParamsNeeded
+from functional_optimodules.wire.paths import ParamsNeeded, Specs
 
 KNOWN: Mapping[str, bool] = {
     "lrate": False,
@@ -94,8 +93,8 @@ class Contract(Plugin, Generic[State], kind="contract"):
         cls.packable = vars(cls).get("packable", False)
         if "update" in vars(cls):
             _refuse_optional_arguments(cls)
-        cls._asked = tuple(_named(method) for method in (cls.update, cls.end_round))
-        cls._recalled = _named(cls.forget)
+        cls._asked = tuple(named(method) for method in (cls.update, cls.end_round))
+        cls._recalled = named(cls.forget)
 
     @abc.abstractmethod
     def init(self, params: Params) -> State:
@@ -171,6 +170,29 @@ class Contract(Plugin, Generic[State], kind="contract"):
         """Return scalars about the last step, by name, for histories; none by default. Reads only."""
         return {}
 
+    def measure(self, before: Updates, after: Updates, state: State, params: Params = None) -> Mapping[str, jax.Array]:
+        """Return scalars about a step, by name, that an `Optimizer` may be told to watch; none by default.
+
+        It is called where one of them is watched, and alone what is watched is computed.
+
+        Args:
+          before: what `update` was given.
+          after: what it returned.
+          state: the state after the step.
+          params: the parameters before it, or `None`.
+        """
+        return {}
+
+    def check(self, state: State) -> None:
+        """Raise a `FloatingPointError` where a state says that training has failed; nothing by default.
+
+        It runs between steps, on the host: a compiled program cannot raise an error.
+        """
+
+    def sharers(self, specs: Specs) -> tuple[Hashable, ...] | None:
+        """Return a label for each parameter, where only those of one label may share a buffer; `None` if all may."""
+        return None
+
     def restarts(self) -> bool:
         """Whether each round starts from the state that `init` makes: what a field `round_reset` says."""
         return bool(getattr(self, "round_reset", False))
@@ -211,14 +233,7 @@ class Contract(Plugin, Generic[State], kind="contract"):
 
     def fold_in(self, state: State, integer: int | jax.Array) -> State:
         """Fold an integer into every PRNG key of a state, so that equal bricks draw different numbers."""
-
-        def fold(leaf: jax.Array) -> jax.Array:
-            if not is_key(leaf):
-                return leaf
-            folded = functools.reduce(lambda f, _: jax.vmap(f, (0, None)), range(leaf.ndim), jax.random.fold_in)
-            return folded(leaf, integer)
-
-        return jax.tree.map(fold, state)
+        return fold_in_keys(state, integer)
 
     def state_name(self) -> str:
         """Return the name that saved states bear, for another brick to refuse them."""
@@ -238,7 +253,8 @@ class Contract(Plugin, Generic[State], kind="contract"):
         return any(issubclass(sends, FromServer) or issubclass(receives, FromClients) for sends, receives in pairs)
 
 
-def _named(method: Callable[..., Any]) -> frozenset[str]:
+def named(method: Callable[..., Any]) -> frozenset[str]:
+    """Return the keyword-only arguments of a method: how it asks for what is known."""
     parameters = inspect.signature(method).parameters.values()
     return frozenset(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)
 

@@ -12,6 +12,7 @@ Compiled programs are kept in `.jax_cache` for the next run, for the other worke
 tests start. JAX finds them by the program, the options, its own version and XLA's.
 """
 
+import contextlib
 import gc
 import importlib.metadata
 import os
@@ -45,9 +46,12 @@ collect_ignore = ["integrations/flower_app"]
 def pytest_configure(config: pytest.Config) -> None:
     # JAX could bound the cache itself, but would list the whole folder for each program that it adds.
     if not hasattr(config, "workerinput"):
-        total = 0
-        for path in sorted(CACHE.rglob("*-cache"), key=lambda path: path.stat().st_mtime, reverse=True):
-            total += path.stat().st_size
+        total, entries = 0, []
+        for path in CACHE.rglob("*-cache"):
+            with contextlib.suppress(FileNotFoundError):  # another run may be at it too
+                entries.append((path.stat().st_mtime, path.stat().st_size, path))
+        for _, size, path in sorted(entries, reverse=True):
+            total += size
             if total > MOST_BYTES:
                 path.unlink(missing_ok=True)
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -132,7 +133,7 @@ def state_target(make: Callable[[], Any]) -> Target:
     """Restore states in a brick that has one, and in new ones; what is taken must be stepped on and saved."""
     donor, used = make(), make()
     for brick in (donor, used):
-        brick.run(GRADS)
+        brick.run(GRADS, params=GRADS)
     donor.on_round_start()
     good = donor.get_state()
     before = used.get_state()
@@ -142,11 +143,40 @@ def state_target(make: Callable[[], Any]) -> Target:
         new = make()
         new.set_state(saved)
         if isinstance(saved, dict) and saved["params"] == good["params"]:
-            new.run(GRADS)
+            new.run(GRADS, params=GRADS)
             new.get_state()
         used.set_state(before)
 
     return Target(lambda rng: mutated(good, rng), take, used.get_state)
+
+
+def everyday_target() -> Target:
+    """Build optimizers of groups, wrappers, live and watched numbers; what is built must say what it is, and step."""
+    good = EVERYDAY.get_config()
+
+    def take(config: Any) -> None:
+        optimizer = fo.Optimizer.from_config(config)
+        optimizer.tabulate(GRADS)
+        state = optimizer.init(GRADS)
+        jax.eval_shape(optimizer.update, GRADS, state, GRADS, **dict.fromkeys(optimizer.asks().step - {"lrate"}, GRADS))
+        optimizer.metrics(state)
+        optimizer.eval_params(state, GRADS)
+
+    return Target(lambda rng: mutated(good, rng), take, lambda: None)
+
+
+def live_target() -> Target:
+    """Set live numbers of an optimizer that has a state."""
+    optimizer = fo.Optimizer.from_config(EVERYDAY.get_config())
+    optimizer.run(GRADS, params=GRADS)
+    good = {path: float(optimizer.hyperparameters()[path]) for path, by in optimizer._driven().items() if by is None}
+    before = optimizer.get_state()
+
+    def take(values: Any) -> None:
+        optimizer.set_hyperparameters(values)
+        optimizer.set_state(before)
+
+    return Target(lambda rng: mutated(good, rng), take, optimizer.get_state)
 
 
 def clock_target() -> Target:
@@ -250,6 +280,13 @@ def broadcast_target() -> Target:
     return Target(lambda rng: carried(good, rng), take, lambda: None)
 
 
+RATE = (
+    "optax",
+    {
+        "schedule": "join_schedules",
+        "config": {"schedules": [("warmup", {"base": 1, "warmup": 2}), 0.1], "boundaries": [2]},
+    },
+)
 OPTIMIZERS = [
     fo.Optimizer(
         ("warmup", {"base": ("cosine-annealing", {"base": 0.1, "max_lr": 1.0, "duration": 9}), "warmup": 3}),
@@ -264,9 +301,24 @@ OPTIMIZERS = [
             ("scale_by_lbfgs", {"memory_size": 5}),
             ("add_noise", {"eta": 0.1, "gamma": 0.5, "key": 1}),
             ("add_decayed_weights", {"weight_decay": 0.5, "mask": {"a": True, "b": {"c": False}}}),
+            ("chain", {"args": ["momentum", ("optax", {"transform": "sgd", "config": {"learning_rate": RATE}})]}),
+            ("partition", {"transforms": {"x": "adam", "y": "momentum"}, "param_labels": [("a", "x"), ("**", "y")]}),
         ]
     ),
 ]
+EVERYDAY = fo.Optimizer(
+    ("warmup", {"base": 0.1, "warmup": 2}),
+    modules=["l2-global-clipping"],
+    groups=[
+        fo.Group("a", name="first", lrate=0.1, modules=["adam"]),
+        fo.Group(["b/*", "**/c"], ndim=0, max_size=2, factor=0.5, w_decay=0.1, modules=["momentum"]),
+    ],
+    wrappers=[("accumulation", {"steps": 1}), "ema", "skip-non-finite"],
+    live=["lrate/base", "groups/first/**", ("groups/1/modules/momentum/beta", ("warmup", {"base": 0.9, "warmup": 3}))],
+    watch=["*", "groups/*/*_norm", "l2-global-clipping/clipped"],
+    packed=True,
+)
+OPTIMIZERS.append(EVERYDAY)
 CONFIGS = [optimizer.get_config() for optimizer in OPTIMIZERS]
 TOML = """
 seeds = [0, 1]
@@ -314,6 +366,9 @@ def targets(folder: Path) -> dict[str, Target]:
             lambda: fo.Optimizer(fo.LinearDecay(1.0, 0.1), modules=["momentum", ("gaussian-noise", {"seed": 1})])
         ),
         "state of optax": state_target(lambda: fo.OptaxModule("scale_by_amsgrad")),
+        "state of an everyday optimizer": state_target(lambda: fo.Optimizer.from_config(EVERYDAY.get_config())),
+        "everyday configuration": everyday_target(),
+        "live numbers": live_target(),
         "clock": clock_target(),
         "messages to a server": server_target(known=True),
         "messages to a new server": server_target(known=False),

@@ -52,18 +52,23 @@ class Interval:
         return low < value < high or (value == low and self.text[0] == "[") or (value == high and self.text[-1] == "]")
 
 
-def hyperparameter(*, default: Any = dataclasses.MISSING, within: str | None = None) -> Any:
+def hyperparameter(
+    *, default: Any = dataclasses.MISSING, within: str | None = None, omit: bool = False, static: bool = False
+) -> Any:
     """Declare a field with a range.
 
     Args:
       default: the default value; without one, the field is required.
       within: the range of a number as an interval, such as `"[0, 1)"`.
+      omit: whether a configuration leaves the field out while it has its default.
+      static: whether programs are compiled for its value, as for one that says how large an array is.
 
     Returns:
       A dataclass field. A value out of the range is a `ValueError` when the
       dataclass is built; values that are being traced are not checked.
     """
-    return dataclasses.field(default=default, metadata={"within": Interval(within)} if within else {})
+    metadata = {"omit": omit, "static": static, **({"within": Interval(within)} if within else {})}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class FrozenConfig(Mapping[str, Json]):
@@ -99,6 +104,8 @@ class Configured(abc.ABC):
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
     _owner: ClassVar[str]
+    _around: ClassVar[str | None] = None
+    """The field that it stands for: paths of hyper-parameters go on in that as if it were not there."""
 
     def __post_init__(self) -> None:
         check_fields(self, self._owner)
@@ -111,6 +118,16 @@ class Configured(abc.ABC):
           ValueError: if the fields do not go together.
         """
 
+    def __repr__(self) -> str:
+        return f"{type(self).__qualname__}({', '.join(f'{name}={value!r}' for name, value in self._told())})"
+
+    def _told(self) -> Iterator[tuple[str, Any]]:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            omitted = field.metadata.get("omit") and not isinstance(value, jax.core.Tracer) and value == field.default
+            if not omitted:
+                yield field.name, value
+
     def get_config(self) -> dict[str, Json]:
         """Return the fields as JSON values.
 
@@ -118,9 +135,9 @@ class Configured(abc.ABC):
           TypeError: if a field holds a function or a traced value.
         """
         config = {}
-        for name in field_types(type(self)):
+        for name, value in self._told():
             try:
-                config[name] = to_json(getattr(self, name))
+                config[name] = to_json(value)
             except TypeError as error:
                 raise TypeError(f"{self._owner}: {name}={error}") from None
         return config
@@ -247,6 +264,8 @@ def coerce(value: Any, annotation: Any) -> Any:
         return _coerce_number(value, kind)
     if hasattr(kind, "from_specs"):
         return _coerce_plugin(value, kind)
+    if isinstance(kind, type) and issubclass(kind, Configured) and isinstance(value, Mapping):
+        return kind.from_config(value)
     if origin is tuple and isinstance(value, list | tuple):
         members = members[:1] * len(value) if members[1:] == (...,) else members
         if len(value) == len(members):
@@ -321,5 +340,5 @@ def to_json(value: Any) -> Json:
         return json.loads(json.dumps(dict(value)))
     if isinstance(value, Configured):
         config = value.get_config()
-        return [value.name, config] if hasattr(value, "name") else config
+        return [value.name, config] if hasattr(value, "from_specs") else config  # type: ignore[attr-defined]
     raise TypeError(f"{quote(value)} cannot be written in a configuration")

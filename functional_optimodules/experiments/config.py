@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
-from functional_optimodules.config.fields import Configured, FrozenConfig, field_types, hyperparameter
+from functional_optimodules.config.fields import Configured, FrozenConfig, field_types, hyperparameter, to_json
 from functional_optimodules.config.plugin import UnknownPlugin
 from functional_optimodules.experiments.problem import BUILT_IN, import_factory
 from functional_optimodules.federated import Federation
@@ -215,8 +215,16 @@ class Experiment(Configured):
     def get_config(self) -> dict[str, Json]:
         """Return the experiment as JSON values, as it is saved beside its results."""
         unused = ("data", "model") if self.problem is not None else ("problem",)
-        tables = {name: getattr(self, name).get_config() for name in _TABLES}
+        tables = {name: _whole(getattr(self, name)) for name in _TABLES}
         return {name: value for name, value in {**super().get_config(), **tables}.items() if name not in unused}
+
+
+def _whole(table: Configured) -> dict[str, Json]:
+    """Return a configuration with what it leaves out while it has its default, so that all fields have paths."""
+    fields = dataclasses.fields(table)  # type: ignore[arg-type]
+    config = {field.name: to_json(field.default) for field in fields if field.metadata.get("omit")}
+    config |= table.get_config()
+    return {**config, "groups": [_whole(group) for group in table.groups]} if isinstance(table, Optimizer) else config
 
 
 def _factory(config: Mapping[str, Json]) -> str:

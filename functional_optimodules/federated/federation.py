@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import Interval, check_fields, hyperparameter
-from functional_optimodules.federated import checks, evaluation, processes, saving
+from functional_optimodules.federated import checks, evaluation, portable, processes, saving
 from functional_optimodules.federated.aggregation import Aggregator, MeanAggregator
 from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.driver import Evaluate, check_rounds, drive, run_piece
@@ -32,8 +32,9 @@ from functional_optimodules.federated.models import LinenLoss, ModelLoss, NnxLos
 from functional_optimodules.federated.options import Execution, History, OnNonfinite, Remainder, Sampling, Weighting
 from functional_optimodules.federated.placement import mesh_of, mesh_size
 from functional_optimodules.federated.round import drop_out, run_round
-from functional_optimodules.federated.state import FederationState, client_model, make_state
-from functional_optimodules.optimizer import Named, Optimizer
+from functional_optimodules.federated.state import FederationState, client_model, make_state, with_hyperparameters
+from functional_optimodules.groups import Named
+from functional_optimodules.optimizer import Optimizer
 from functional_optimodules.packing.tree import unpack
 from functional_optimodules.types import Json, Params, PyTree
 
@@ -159,6 +160,8 @@ class Federation:
 
     def __post_init__(self) -> None:
         check_fields(self, "Federation", ValueError)
+        for side in ("client", "server"):  # rounds pack by themselves, for a client's steps and not for each
+            object.__setattr__(self, side, dataclasses.replace(getattr(self, side), packed=False))
         mesh_size(mesh_of(self.mapping))
         checks.require_counterparts(self.client, self.uplink, self.server)
         checks.require_known(self.client, self.uplink, self.server)
@@ -508,3 +511,48 @@ class Federation:
             or an array is not as expected.
         """
         return saving.decode(self, payload, like, changed)
+
+    def with_hyperparameters(
+        self,
+        state: FederationState,
+        client: Mapping[str, float | jax.Array] | None = None,
+        server: Mapping[str, float | jax.Array] | None = None,
+    ) -> FederationState:
+        """Return a state with other values of live hyper-parameters, for which nothing is compiled anew.
+
+        Args:
+          state: the state, which is left intact.
+          client: numbers by path, for all clients.
+          server: numbers by path, for the server.
+
+        Raises:
+          TypeError, ValueError: as `Optimizer.with_hyperparameters` does.
+        """
+        return with_hyperparameters(self, state, client or {}, server or {})
+
+    def to_arrays(self, state: FederationState) -> dict[str, PyTree]:
+        """Return a state as plain arrays, for a checkpointer: of any devices, and of no packed trees and PRNG keys.
+
+        Args:
+          state: the federation's state, which is left intact.
+
+        Returns:
+          `num_clients`, `round`, `key` (its words), `params`, `server`, and `bank`, what each client keeps, with
+          a leading axis of clients; `stats` and `aggregation`, where there is such. Rows of clients are spread
+          over the devices if their number is a multiple of that of the devices, and otherwise on each.
+        """
+        return portable.to_arrays(self, state)
+
+    def from_arrays(self, arrays: PyTree, like: FederationState) -> FederationState:
+        """Return the state of what `to_arrays` gave.
+
+        Args:
+          arrays: what it gave, arrays of JAX or NumPy, in the same containers or in dicts.
+          like: a state of this federation, as `init` makes it: the new one is laid out as it is, on any number of
+            devices. It is left intact.
+
+        Raises:
+          ValueError: if an array is missing, unknown, or of another shape or dtype, which is named by its path; or
+            there are other clients.
+        """
+        return portable.from_arrays(self, arrays, like)

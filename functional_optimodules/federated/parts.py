@@ -17,7 +17,7 @@ References:
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +166,7 @@ class _OnShared(OptiModule[Any], register=False):
       own: the paths of what it leaves alone.
     """
 
+    _around: ClassVar[str] = "module"
     module: OptiModule
     own: tuple[str, ...]
 
@@ -213,6 +214,9 @@ class _OnShared(OptiModule[Any], register=False):
 
     def metrics(self, state: Any) -> Mapping[str, jax.Array]:
         return self.module.metrics(state)
+
+    def measure(self, before: Updates, after: Updates, state: Any, params: Params = None) -> Mapping[str, jax.Array]:
+        return self._adapter.measure(self._shared(before), self._shared(after), state, self._shared(params))
 
     def channels(self) -> Mapping[str, Contract]:
         return self.module.channels()

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,17 @@ from functional_optimodules.federated.data import FederatedData
 from functional_optimodules.federated.execution import Rows
 from functional_optimodules.federated.models import ModelLoss
 from functional_optimodules.federated.parts import own_paths
-from functional_optimodules.federated.placement import has_whole_models, mesh_of, mesh_size, replicate, rows_sharding
+from functional_optimodules.federated.placement import (
+    device_of,
+    has_whole_models,
+    mesh_of,
+    mesh_size,
+    replicate,
+    rows_sharding,
+)
 from functional_optimodules.federated.sides import Own, Sides, sides_of
 from functional_optimodules.optimizer import OptimizerState
-from functional_optimodules.packing.policy import worthwhile
+from functional_optimodules.packing.policy import platform_of, worthwhile
 from functional_optimodules.packing.tree import Packing, unpack
 from functional_optimodules.random.keys import shapes_only
 from functional_optimodules.types import Params, PyTree
@@ -116,7 +123,9 @@ def start(
     _require_averaged(federation, params, stats)
     mesh = mesh_of(federation.mapping)
     # By the shapes alone: clients' work is laid out by the mesh, wherever the parameters come from.
-    packing = worthwhile(jax.eval_shape(lambda tree: tree, params))
+    platform = platform_of(params) if mesh is None else device_of(mesh).platform
+    shapes = jax.eval_shape(lambda tree: tree, params)
+    packing = worthwhile(shapes, federation.client.sharers(Specs.of(shapes)), platform=platform)
     # The tree is taken apart by its leaves, or these may be split along another axis of the mesh.
     if federation.local or federation.fragments or not has_whole_models(mesh):
         packing = None
@@ -204,6 +213,24 @@ def own_sides(federation: "Federation", state: FederationState) -> Sides:
     except ValueError as error:
         raise ValueError(f"Federation: the state is of another federation: {error}: make one with `init`") from None
     return sides
+
+
+def with_hyperparameters(
+    federation: "Federation", state: FederationState, client: Mapping[str, Any], server: Mapping[str, Any]
+) -> FederationState:
+    """Return a state with other values of live hyper-parameters; see `Federation.with_hyperparameters`."""
+    values = federation.client.checked_hyperparameters(client)
+    new = federation.server.with_hyperparameters(state.server, server)
+    kept = own_sides(federation, state).kept
+    names = [name for name, part in kept.items() for _ in jax.tree.leaves(part)]
+    bank = list(state.bank)
+    for path, value in values.items():
+        if f"live/{path}" not in names:  # it changes nothing of what a client does, and so it is not kept
+            continue
+        index = names.index(f"live/{path}")
+        rows = jnp.full_like(bank[index], value)
+        bank[index] = jax.device_put(rows, bank[index].sharding) if bank[index].committed else rows
+    return state._replace(server=new, bank=bank)
 
 
 def client_model(federation: "Federation", state: FederationState, client: int | None) -> tuple[Params, PyTree]:

@@ -19,8 +19,9 @@ from jax.typing import ArrayLike
 from functional_optimodules import xla
 from functional_optimodules.brick import OptiModule
 from functional_optimodules.config.fields import hyperparameter
-from functional_optimodules.numerics import abs_sq, safe_sqrt, total, wide
+from functional_optimodules.numerics import abs_sq, real, safe_sqrt, total, wide
 from functional_optimodules.packing.policy import map_parameters
+from functional_optimodules.packing.tree import unpack
 from functional_optimodules.types import Params, PyTree, Updates
 
 
@@ -71,6 +72,14 @@ class L2Clipping(OptiModule[optax.EmptyState]):
         clipped = map_parameters(lambda g: shrink(g, safe_sqrt(sum_of_squares(g)), self.max_norm), updates)
         return clipped, state
 
+    def measure(
+        self, before: Updates, after: Updates, state: optax.EmptyState, params: Params = None
+    ) -> dict[str, jax.Array]:
+        """Return `clipped`, the share of the parameters whose gradient was clipped."""
+        norms = [safe_sqrt(sum_of_squares(g)) for g in jax.tree.leaves(unpack(before))]
+        above = [norm > jnp.asarray(self.max_norm).astype(norm.dtype) for norm in norms]
+        return {"clipped": jnp.mean(real(jnp.stack(above))) if above else jnp.zeros(())}
+
 
 class L2GlobalClipping(OptiModule[optax.EmptyState]):
     """g · min(1, c / ‖g‖₂), for all parameters together (Pascanu et al. 2013).
@@ -101,3 +110,10 @@ class L2GlobalClipping(OptiModule[optax.EmptyState]):
     ) -> tuple[Updates, optax.EmptyState]:
         norm = xla.norm(squared_norm(updates))
         return jax.tree.map(lambda g: shrink(g, norm, self.max_norm), updates), state
+
+    def measure(
+        self, before: Updates, after: Updates, state: optax.EmptyState, params: Params = None
+    ) -> dict[str, jax.Array]:
+        """Return `clipped`, 1 if the gradients were clipped and 0 if not."""
+        norm = xla.norm(squared_norm(before))
+        return {"clipped": real(norm > jnp.asarray(self.max_norm).astype(norm.dtype))}

@@ -36,11 +36,14 @@ from functional_optimodules.types import Params, PyTree, Updates
 def total_weight(steps: ArrayLike, momentum: ArrayLike, proximal: ArrayLike) -> jax.Array:
     """Return |a|_1, the sum of the weights that the gradients of some local steps have in the move; 0 for none."""
     count = jnp.maximum(jnp.asarray(steps), 1)
-    if isinstance(proximal, int | float) and proximal == 0:
-        decayed = momentum * one_minus_power(momentum, count) / (1 - momentum)
-        norm = (real(count) - decayed) / (1 - momentum)
+    decayed = momentum * one_minus_power(momentum, count) / (1 - momentum)
+    norm = (real(count) - decayed) / (1 - momentum)
+    if isinstance(proximal, int | float):
+        norm = one_minus_power(1 - proximal, count) / proximal if proximal else norm
     else:
-        norm = one_minus_power(1 - proximal, count) / proximal
+        pulls = jnp.asarray(proximal) > 0
+        near = jnp.where(pulls, proximal, 1)
+        norm = jnp.where(pulls, one_minus_power(1 - near, count) / near, norm)
     return jnp.where(jnp.asarray(steps) > 0, norm, 0).astype(jnp.float32)
 
 

@@ -167,7 +167,7 @@ class Facade(Stateful, Contract[State], kind="facade"):
         """
         session = self._begin()
         # The state of `nnx.Optimizer` has other wrappers around its leaves than the parameters.
-        session.take(unwrapped(unpack(state)), Specs.of(unwrapped(shapes(params))))
+        session.take(unwrapped(unpack(unwrapped(state))), Specs.of(unwrapped(shapes(params))))
         return session.save()
 
     def load(self, saved: Mapping[str, Json], params: Params) -> Any:
@@ -207,7 +207,8 @@ class Facade(Stateful, Contract[State], kind="facade"):
                 "states of others"
             )
         state = self.load(saved, nnx.as_pure(nnx.state(model, optimizer.wrt)))
-        leaves = jax.tree.leaves(optimizer.opt_state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+        variables = jax.tree.leaves(optimizer.opt_state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+        leaves = [variable for variable in variables if jax.tree.leaves(variable)]  # and not of a parameter left out
         values = jax.tree.leaves(state)
         if optimizer.tx != self or [leaf.shape for leaf in leaves] != [value.shape for value in values]:
             raise ValueError(

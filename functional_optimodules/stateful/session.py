@@ -119,7 +119,7 @@ class Session:
             if not sharded:
                 new = compiled(adapter, None)
                 return memory._replace(fit=Fit(specs, new), state=new.init(specs, like, identity))
-            state = self.plain.init(specs, unpack(like), identity)
+            state = self.plain.adapter.portable(self.plain.init(specs, unpack(like), identity))
         else:
             memory.fit.specs.require_same(specs, f"{self.owner}: the tree of parameters")
             if memory.fit.specs.hung and memory.fit.specs != specs:
@@ -180,6 +180,7 @@ class Session:
         memory = self._settled(memory, params)
         assert memory.fit is not None
         specs, new = memory.fit
+        new.adapter.brick.check(memory.state)
         try:
             state, output = method(new)(specs, memory.state, *args)
         except Exception as error:
@@ -320,6 +321,21 @@ class Session:
             who = ", ".join(received.senders)
             raise ValueError(f"{self.owner}: what {who} sent makes the state infinite, or not a number")
         self._remember(memory._replace(state=state, message_out=False, clients=received.clients))
+
+    def existing(self) -> PyTree:
+        """Return the state.
+
+        Raises:
+          ValueError: if there is none yet.
+        """
+        if self.memory.fit is None:
+            raise ValueError(f"{self.owner}: there is no state yet: call `setup(params)` first")
+        return self.memory.state
+
+    @alone
+    def change(self, function: Callable[[PyTree], PyTree]) -> None:
+        """Replace the state by what a function makes of it."""
+        self._remember(self.memory._replace(state=function(self.existing())))
 
     @alone
     def snapshot(self) -> PyTree:

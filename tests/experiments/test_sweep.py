@@ -209,6 +209,30 @@ def test_a_sweep_over_what_a_factory_does_not_take_is_refused(regression: Write)
         programs(regression(more="[sweep]\nproblem.widht = [1, 2]"))
 
 
+def test_what_a_file_does_not_say_of_optimizers_and_groups_may_be_swept_over(regression: Write) -> None:
+    more = """
+    [[client.groups]]
+    [sweep]
+    client.groups.0.factor = [0.5, 1.0]
+    server.watch = [[], ["update_norm"]]
+    """
+    path = regression(more=more)
+    found = [trial.experiment for trial in trials(Experiment.read(path))]
+    assert [each.client.groups[0].factor for each in found] == [0.5, 0.5, 1.0, 1.0]
+    assert [each.server.watch for each in found] == [(), ("update_norm",)] * 2
+    assert [each.program.traced for each in programs(path)] == [("client.groups.0.factor",)] * 2
+
+
+@pytest.mark.slow
+def test_rates_of_groups_are_swept_over_in_one_program(regression: Write) -> None:
+    group = "[[client.groups]]\nfactor = 0.5\n"
+    rows = run(regression(more=f"{group}[sweep]\nclient.groups.0.factor = [0.5, 1.0]"), "swept")
+    alone = run(regression(more=group, name="alone.toml"), "alone")
+    for row, expected in zip(rows, alone, strict=False):
+        np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-5)
+    assert len(rows) == 2 * len(alone)
+
+
 def test_seeds_are_given_once(regression: Write) -> None:
     with pytest.raises(ValueError, match="both 'seeds' and a sweep over 'seed'"):
         trials(Experiment.read(regression(("seed = 3", "seeds = [1]"), more="[sweep]\nseed = [1, 2]")))

@@ -33,7 +33,7 @@ from functional_optimodules.federated.state import FederationState, fresh_row
 from functional_optimodules.federated.totals import Totals
 from functional_optimodules.numerics import is_finite
 from functional_optimodules.optimizer import OptimizerState
-from functional_optimodules.packing.policy import worthwhile
+from functional_optimodules.packing.adapter import packing_for
 from functional_optimodules.packing.tree import unpack
 from functional_optimodules.random.keys import is_key, shapes_only
 from functional_optimodules.types import Params, PyTree, Updates
@@ -140,7 +140,7 @@ class ClientPrograms:
 
     def __init__(self, federation: "Federation", params: Params, stats: PyTree) -> None:
         self.federation, self.start = federation, (params, stats)
-        packing = None if federation.local or federation.fragments else worthwhile(params)
+        packing = None if federation.local or federation.fragments else packing_for(federation.client, params)
         self.sides = sides_of(federation, params, stats, packing)
         self.shapes = Shapes.of(federation, self.sides, params, stats)
         self.begin, self.fit, self.gradient = jax.jit(self._begin), jax.jit(self._fit), jax.jit(self._gradient)
