@@ -1,0 +1,1 @@
+"""What the library is for, one folder an example."""
