@@ -48,7 +48,7 @@ def run_document(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Run a document from its first block to its last as one module, once, and return its names."""
     done: dict[str, dict[str, Any]] = {}
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (fo.OptiModule, Aggregator):
+        for kind in (fo.OptiModule, fo.Wrapper, Aggregator):
             patch.setattr(kind, "_registry", dict(kind._registry))
         patch.chdir(tmp_path_factory.mktemp("documents"))
 
@@ -84,6 +84,14 @@ def test_what_the_readme_restores_is_what_it_saved(run_document: Any) -> None:
 def test_the_brick_of_the_documents_keeps_the_contract(run_document: Any) -> None:
     checks = dict(contract(run_document("docs/bricks.md")["LionModule"](beta_1=0.8)))
     assert "check_resume_in_mid_round" in checks
+    for check in checks.values():
+        check()
+
+
+@pytest.mark.slow
+def test_the_wrapper_of_the_documents_keeps_the_contract(run_document: Any) -> None:
+    checks = dict(contract(run_document("docs/wrappers.md")["WeightClippingWrapper"](bound=0.5)))
+    assert {"check_resume_in_mid_round", "check_parameters_may_be_lacking"} <= checks.keys()
     for check in checks.values():
         check()
 
