@@ -331,6 +331,8 @@ class OtherClients(fo.OptiModule, register=False):
 def test_what_declearn_cannot_run_is_refused_with_the_reason():
     with pytest.raises(TypeError, match="FedDynClientModule asks for 'delta' of the round"):
         to_declearn(fo.FedDynClientModule())
+    with pytest.raises(TypeError, match="WeightDecayModule needs the parameters"):
+        to_declearn(fo.WeightDecayModule())
     with pytest.raises(TypeError, match="FedACGModule chooses the parameters that are sent"):
         to_declearn(fo.FedACGModule())
     with pytest.raises(TypeError, match=r"OtherClients has variables named \['clients'\]"):

@@ -20,6 +20,7 @@ from functional_optimodules.brick import Brick, OptiModule, Regularizer, list_op
 from functional_optimodules.contract import Contract
 from functional_optimodules.integrations.declearn.carriers import Carrier, carrier_of
 from functional_optimodules.integrations.declearn.vectors import arrays_of, vector_like
+from functional_optimodules.modules.decay import WeightDecayModule
 from functional_optimodules.stateful.session import Session
 from functional_optimodules.types import Json
 
@@ -171,6 +172,8 @@ def _obstacle(kind: type[Brick[Any]]) -> str:
     """Return why declearn cannot run a class of bricks; nothing if it can."""
     if asked := sorted(frozenset().union(*kind._asked)):
         return f"asks for {', '.join(map(repr, asked))} of the round, which declearn does not tell its plug-ins"
+    if kind is WeightDecayModule:
+        return "needs the parameters, which declearn gives regularizers alone: its optimizers have a `w_decay`"
     if kind.share is not Contract.share:
         return "chooses the parameters that are sent, which declearn leaves to no plug-in"
     if any(each is not None and each.is_per_client() for each in (kind.sends, kind.receives)):
