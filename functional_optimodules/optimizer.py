@@ -182,7 +182,7 @@ class Optimizer(Brick[OptimizerState], register=False):
         for entry in self.live:
             path, scheduler = (entry, None) if isinstance(entry, str) else entry
             if set(path) & set("*?["):
-                paths = matching([path], self._hyperparameters, "Optimizer: live")
+                paths = matching([path], self._hyperparameters, "Optimizer: live", "hyper-parameter")
             else:
                 require_known(path, self._hyperparameters, self)
                 paths = frozenset({path})
@@ -458,7 +458,7 @@ class Optimizer(Brick[OptimizerState], register=False):
             add(prefix, group.modules, own.modules, view.of(label, params))
         names = flat(said)
         flat([("", names), ("", jax.eval_shape(lambda state: flat(self._reported(state)), state))])
-        return sorted(matching(self.watch, names, "Optimizer: watch"))
+        return sorted(matching(self.watch, names, "Optimizer: watch", "metric"))
 
     def hyperparameters(self, state: OptimizerState | None = None) -> dict[str, jax.Array]:
         """Return the rates of the next step and the live hyper-parameters, by path: float32 scalars.

@@ -254,7 +254,7 @@ def test_a_value_that_cannot_be_is_refused_and_the_state_stays(values, error, me
         (["lrat"], "no real number 'lrat': did you mean 'lrate'"),
         (["modules"], "'modules' is no number: it has 'modules/adam/beta_1'"),
         (["modules/adam/amsgrad"], "no real number 'modules/adam/amsgrad'"),
-        (["modules/*/gamma"], r"live: the pattern 'modules/\*/gamma' matches no path"),
+        (["modules/*/gamma"], r"live: the pattern 'modules/\*/gamma' matches no hyper-parameter"),
         (["lrate", ("lrate", ("warmup", {"base": 1.0, "warmup": 2}))], "'lrate' is live twice"),
     ],
 )

@@ -133,7 +133,7 @@ def test_a_federation_tells_them_in_its_history():
 
 def test_a_name_that_nobody_says_is_an_error_that_names_near_ones():
     with pytest.raises(
-        ValueError, match="watch: the pattern 'gradient_nrom' matches no path: did you mean 'gradient_norm'"
+        ValueError, match="watch: the pattern 'gradient_nrom' matches no metric: did you mean 'gradient_norm'"
     ):
         fo.Optimizer(0.1, watch=["gradient_nrom"]).init(PARAMS)
 

@@ -237,6 +237,8 @@ def describe(annotation: Any) -> str:
     kind = origin or annotation
     if hasattr(kind, "from_specs"):
         return f"{kind.__name__} (an instance, a name or a (name, config) pair)"
+    if isinstance(kind, type) and issubclass(kind, Configured):
+        return f"{kind.__name__} (an instance or its configuration)"
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 

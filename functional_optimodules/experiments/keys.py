@@ -91,6 +91,7 @@ def _kind(annotation: Any) -> str:
     kind = re.sub(r"Literal\[(.*?)\]", lambda choices: choices[1].replace(", ", " | "), kind)
     kind = re.sub("(RoundsConfig|Optimizer|DataConfig|ModelConfig)( \\(an instance.*)?$", "table", kind)
     kind = kind.replace(" (an instance, a name or a (name, config) pair)", " (a name, or a name with its fields)")
+    kind = kind.replace(" (an instance or its configuration)", " (a table)")
     kind = re.sub(r"collections.abc.Mapping\[.*?\]", "table", kind)
     return kind.removesuffix(" | function of the step").removesuffix(" | None")
 

@@ -84,7 +84,7 @@ def by_path(tree: PyTree) -> PathTree:
     return PathTree(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
 
 
-def matching(patterns: Iterable[str], paths: Iterable[str], what: str) -> frozenset[str]:
+def matching(patterns: Iterable[str], paths: Iterable[str], what: str, kind: str = "path") -> frozenset[str]:
     """Return the paths that any of some glob patterns match.
 
     `*` and `?` stand for what is within one segment of a path, `[...]` for one character, and
@@ -103,7 +103,7 @@ def matching(patterns: Iterable[str], paths: Iterable[str], what: str) -> frozen
             raise ValueError(f"{what}: the pattern {pattern!r} cannot be read: {error.msg}") from None
         matched = [path for path in known if regex.fullmatch(path)]
         if not matched:
-            raise ValueError(f"{what}: the pattern {pattern!r} matches no path: {nearest(pattern, known)}")
+            raise ValueError(f"{what}: the pattern {pattern!r} matches no {kind}: {nearest(pattern, known)}")
         found.update(matched)
     return frozenset(found)
 
