@@ -183,6 +183,12 @@ class Contract(Plugin, Generic[State], kind="contract"):
         """
         return {}
 
+    def require_sound(self, state: State) -> None:
+        """Raise a `ValueError` for a state from outside that no run should go on from; nothing by default.
+
+        Numbers that are not finite, and counts that no run came to, are refused before.
+        """
+
     def check(self, state: State) -> None:
         """Raise a `FloatingPointError` where a state says that training has failed; nothing by default.
 

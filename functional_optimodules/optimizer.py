@@ -349,6 +349,12 @@ class Optimizer(Brick[OptimizerState], register=False):
         for label, wrapper in labelled(self.wrappers).items():
             wrapper.check(state.wrappers[label])
 
+    def require_sound(self, state: OptimizerState) -> None:
+        """Raise a `ValueError` for a live hyper-parameter that is out of its range."""
+        for path, who, value in self._live(state):
+            if who is None:
+                self._hyperparameters[path].checked(path, value)
+
     def begin_round(self, state: OptimizerState, params: Params = None) -> OptimizerState:
         """Begin a round of all rates' clocks, of every brick and of the wrappers."""
         alive, view = self._at(state), self._view(state, params)

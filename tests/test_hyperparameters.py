@@ -286,6 +286,18 @@ def test_a_step_from_the_state_of_another_optimizer_is_refused(other, named):
             tx.update(PARAMS, state, PARAMS)
 
 
+def test_a_saved_state_whose_live_value_is_out_of_its_range_is_refused():
+    optimizer = fo.Optimizer.from_config(LIVE.get_config())
+    optimizer.setup(PARAMS)
+    before = optimizer.get_state()
+    state = optimizer.state
+    forged = state._replace(live={**state.live, "modules/adam/beta_1": jnp.float32(5.0)})
+    for load in (optimizer.set_state, lambda saved: optimizer.load(saved, PARAMS)):
+        with pytest.raises(ValueError, match=r"'modules/adam/beta_1' should be in \[0, 1\), not 5.0"):
+            load(optimizer.save(forged, PARAMS))
+    assert optimizer.get_state() == before
+
+
 def test_what_a_scheduler_drives_cannot_be_set():
     tx = fo.Optimizer(0.1, live=[("lrate", ("warmup", {"base": 1.0, "warmup": 2}))])
     with pytest.raises(ValueError, match=r"'lrate' cannot be set: Warmup.* drives it"):

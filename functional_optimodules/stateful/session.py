@@ -391,6 +391,7 @@ class Session:
                 raise self._under_trace()
             if checked:
                 require_plausible(self.plain, layout, state, fit.specs, self.owner)
+                self.brick.require_sound(state)
             if self.memory.state is not None:
                 state = fit.compiled.adapter.adopt(state, self.memory.state)
                 state = jax.tree.map(_beside, state, self.memory.state)
