@@ -21,8 +21,7 @@ def keep_programs(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # JAX would only warn, once a program
-            pass
+        tempfile.TemporaryFile(dir=folder).close()  # JAX would only warn, once a program
     except OSError as error:
         raise type(error)(f"cannot keep compiled programs in {folder}: {error.strerror}") from None
     jax.config.update("jax_compilation_cache_dir", str(folder))
